@@ -1,0 +1,1 @@
+"""OVF and OVA appliances as a library of its own; never imports ovt."""

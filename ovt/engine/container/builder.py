@@ -1,0 +1,227 @@
+"""The builder: a fork of the runtime that joins a new container's namespaces, all but its pid namespace, and builds.
+
+It never enters the container's pid namespace, so no process of the container can see or trace a Python; it keeps the
+host's root until `Rootfs.finish`, after which it only sends its report and ends. It talks to the runtime over a
+SOCK_SEQPACKET channel: JSON messages, the terminal's descriptors riding along with the last one.
+"""
+
+import fcntl
+import posix
+from _socket import (
+    AF_INET,
+    AF_UNIX,
+    SCM_RIGHTS,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+    sethostname,
+    socket,
+    socketpair,
+)
+from _struct import pack, unpack
+
+from ovt.errors import HostError, OvtError, PayloadError
+from ovt.kernel import jsonc
+from ovt.kernel import syscalls as sc
+
+from . import console, devices, hooks, paths
+from .rootfs import Rootfs
+
+_PR_SET_PDEATHSIG = 1
+_SIGKILL = 9
+_LIMIT = 128 << 10
+_SIOCSIFFLAGS = 0x8914
+_IFF_UP = 0x1
+
+
+class Job:
+    """What the builder has to do; plain data that the fork inherits."""
+
+    __slots__ = ("rootfs", "config", "init_pid", "join", "new", "cgroup", "pivot", "state", "map_root")
+
+    def __init__(self, rootfs: Rootfs | None, config: dict, init_pid: int, join: int, new: int) -> None:
+        self.rootfs = rootfs
+        self.config = config
+        self.init_pid = init_pid
+        self.join = join  # CLONE_NEW* of the namespaces to join
+        self.new = new  # those that were made for this container
+        self.cgroup: dict | None = None
+        self.pivot = True
+        self.map_root = False  # become uid 0 of a user namespace
+        self.state: dict = {}
+
+
+class Built:
+    """What came of it."""
+
+    __slots__ = ("program", "home", "master", "slave")
+
+    def __init__(self, message: dict, fds: list[int]) -> None:
+        self.program: str = message["program"]
+        self.home: str = message["home"]
+        self.master, self.slave = fds if fds else (-1, -1)
+
+
+class Builder:
+    """The running fork, seen from the runtime."""
+
+    def __init__(self, job: Job) -> None:
+        ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        self._channel = ours
+        self.pid = posix.fork()
+        if self.pid == 0:
+            try:
+                ours.close()
+                _main(job, theirs)
+            finally:
+                posix._exit(1)
+        theirs.close()
+
+    def receive(self) -> tuple[dict, list[int]]:
+        """The next message; the builder's failure is raised as its own error."""
+        data, ancillary, _, _ = self._channel.recvmsg(_LIMIT, 64)
+        fds: list[int] = []
+        for level, kind, raw in ancillary:
+            if level == SOL_SOCKET and kind == SCM_RIGHTS:
+                fds += unpack(f"{len(raw) // 4}i", raw)
+        if not data:
+            status = posix.waitstatus_to_exitcode(posix.waitpid(self.pid, 0)[1])
+            self.pid = 0
+            raise HostError(f"the builder of the container ended unexpectedly ({status})", hint="out of memory?")
+        message: dict = jsonc.loads(data.decode())
+        if "error" in message:
+            self.reap()
+            if message.get("exit_status"):
+                raise PayloadError(message["error"], message["exit_status"], message["hint"])
+            raise HostError(message["error"], message["errno"], message["hint"])
+        return message, fds
+
+    def proceed(self) -> None:
+        """Let the builder go on after the runtime's hooks have run."""
+        self._channel.send(b"go")
+
+    def reap(self) -> None:
+        """Wait for its end; killing it if it has not come to one."""
+        self._channel.close()
+        if self.pid:
+            try:
+                posix.kill(self.pid, _SIGKILL)
+            except ProcessLookupError:
+                pass
+            posix.waitpid(self.pid, 0)
+            self.pid = 0
+
+
+def _main(job: Job, channel: socket) -> None:
+    sc.prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+    fds: tuple[int, ...] = ()
+    try:
+        message, fds = _build(job, channel)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        text = f"set up the container{where}: {posix.strerror(error.errno).lower()}"
+        message = {"error": text, "errno": error.errno, "hint": ""}
+    except PayloadError as error:
+        message = {"error": error.message, "errno": 0, "hint": error.hint, "exit_status": error.exit_status}
+    except OvtError as error:
+        message = {"error": error.message, "errno": getattr(error, "errno", 0), "hint": error.hint}
+    except BaseException as error:  # a fault of ours; tell it in one line, a traceback would read files
+        message = {"error": f"internal error: {type(error).__name__}: {error}", "errno": 0, "hint": "please report it"}
+    ancillary = [(SOL_SOCKET, SCM_RIGHTS, pack(f"{len(fds)}i", *fds))] if fds else []
+    try:
+        channel.sendmsg([jsonc.dumps(message).encode()], ancillary)
+    except BrokenPipeError:
+        pass  # the runtime was killed; the init ends by itself
+    posix._exit(0)
+
+
+def _build(job: Job, channel: socket) -> tuple[dict, tuple[int, ...]]:
+    config = job.config
+    pidfd = posix.pidfd_open(job.init_pid, 0)
+    if job.join:
+        sc.setns(pidfd, job.join)
+    posix.close(pidfd)
+    if job.map_root:
+        posix.setresgid(0, 0, 0)
+        posix.setresuid(0, 0, 0)
+    if job.new & sc.CLONE_NEWNET:
+        _loopback_up()
+    if config.get("hostname"):
+        sethostname(config["hostname"])
+    if config.get("domainname"):
+        sc.setdomainname(config["domainname"])
+    rootfs = job.rootfs
+    if rootfs is None:
+        return _without_mount_namespace(config, channel, job)
+    rootfs.build(job.cgroup)
+    process = config.get("process") or {}
+    fds: tuple[int, ...] = ()
+    if process.get("terminal"):
+        uid = (process.get("user") or {}).get("uid") or 0
+        fds = console.open_pair(rootfs.tree, process.get("consoleSize"), uid)
+        devices.make_console(rootfs.tree, fds[1])
+    _hooks(job, channel)
+    _make_cwd(rootfs.tree, process.get("cwd") or "/")
+    rootfs.finish(job.pivot)
+    return _found(rootfs.tree, process), fds
+
+
+def _loopback_up() -> None:
+    """SIOCSIFFLAGS on lo: a new network namespace has it down."""
+    control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
+    fcntl.ioctl(control, _SIOCSIFFLAGS, pack("16sh22x", b"lo", _IFF_UP))
+    control.close()
+
+
+def _without_mount_namespace(config: dict, channel: socket, job: Job) -> tuple[dict, tuple[int, ...]]:
+    _hooks(job, channel)
+    root = posix.open(job.state["rootfs"], paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+    return _found(root, config.get("process") or {}), ()
+
+
+def _hooks(job: Job, channel: socket) -> None:
+    wanted = job.config.get("hooks") or {}
+    if not (wanted.get("prestart") or wanted.get("createRuntime") or wanted.get("createContainer")):
+        return
+    channel.send(b'{"hooks": true}')
+    if channel.recv(16) != b"go":
+        posix._exit(1)
+    hooks.run(wanted, "createContainer", job.state)
+
+
+def _make_cwd(root: int, cwd: str) -> None:
+    """The working directory is made where the image lacks it, as runc does; a read-only root may not have it."""
+    try:
+        posix.close(paths.make_directory(root, cwd))
+    except (OSError, HostError):
+        pass  # chdir gives the error, with its own words
+
+
+def _found(root: int, process: dict) -> dict:
+    args = process.get("args") or []
+    if not args:
+        return {"program": "", "home": ""}
+    program, why = paths.find_program(root, args[0], process.get("cwd") or "/", process.get("env") or [])
+    if not program:
+        raise PayloadError(why, 126 if "permission denied" in why else 127)
+    return {"program": program, "home": home_of(root, (process.get("user") or {}).get("uid") or 0)}
+
+
+def home_of(root: int, uid: int) -> str:
+    """The home directory of `uid` in the container's /etc/passwd, "/" when it has none; read by descriptor."""
+    try:
+        fd = paths.resolve(root, "etc/passwd", posix.O_RDONLY | posix.O_NONBLOCK)
+    except OSError:
+        return "/"
+    try:
+        if posix.fstat(fd).st_mode & 0o170000 != 0o100000:
+            return "/"
+        text = posix.read(fd, 1 << 20).decode("utf-8", "replace")
+    finally:
+        posix.close(fd)
+    for line in text.split("\n"):
+        fields = line.split(":")
+        if len(fields) >= 6 and fields[2] == str(uid):
+            return fields[5] or "/"
+    return "/"

@@ -1,0 +1,394 @@
+"""create: from a bundle to a process that waits for `start`, everything recorded before it is made.
+
+The order is chosen so that a kill -9 between any two lines leaves either nothing or a state directory from which
+`delete --force` finds and removes the rest: the record names the cgroup, the process and the moved NICs before they
+exist or change, and ovt-init ends by itself while it is not yet recorded.
+"""
+
+import posix
+
+from ovt.errors import HostError, OvtError
+from ovt.kernel import cgroup as cgroups
+from ovt.kernel import procfs
+from ovt.kernel import syscalls as sc
+
+from . import builder, hooks, namespaces, process
+from .init import Init, above
+from .rootfs import Rootfs
+from .state import FIFO, START_ERROR, State, now
+from .tape import IGNORE_ERROR, Tape
+
+_O_RDWR_NEW = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
+_CLOCKS = {"monotonic": 1, "boottime": 7}
+
+
+class Request:
+    """What `create` is asked to do besides the configuration; the defaults are those of the command line."""
+
+    __slots__ = (
+        "bundle",
+        "cgroup_manager",
+        "console_socket",
+        "keep_fds",
+        "listen_fds",
+        "no_new_keyring",
+        "no_pivot",
+        "notify_socket",
+        "overlay",
+        "pid_file",
+        "stdio",
+        "want_terminal",
+    )
+
+    def __init__(self, bundle: str) -> None:
+        self.bundle = bundle
+        self.cgroup_manager = "cgroupfs"
+        self.console_socket: str | None = None
+        self.keep_fds = 0
+        self.listen_fds = 0  # how many of the kept descriptors are sockets passed by sd_listen_fds(3)
+        self.no_new_keyring = False
+        self.no_pivot = False
+        self.notify_socket = ""
+        self.overlay: dict | None = None
+        self.pid_file: str | None = None
+        self.stdio = (0, 1, 2)
+        self.want_terminal = False  # return the terminal's master instead of sending it to a socket
+
+
+def create(root: str, container_id: str, config: dict, request: Request) -> tuple[State, int]:
+    """Make the container. Returns its state and the terminal's master (-1 without one, or when it was sent)."""
+    return _Creation(root, container_id, config, request).run()
+
+
+class _Creation:
+    def __init__(self, root: str, container_id: str, config: dict, request: Request) -> None:
+        self.root = root
+        self.config = config
+        self.request = request
+        self.linux: dict = config.get("linux") or {}
+        self.process: dict = config.get("process") or {}
+        self.ns = namespaces.Namespaces(config)
+        self.user_namespace = namespaces.has_user_namespace(self.ns.mask)
+        self.cgroup = cgroups.new(
+            self.linux.get("cgroupsPath") or "",
+            container_id,
+            request.cgroup_manager,
+            systemd_annotations=config.get("annotations") or {},
+        )
+        maker = posix.getpid()
+        self.record = {
+            "pid": 0,
+            "pid_start": 0,
+            "maker": [maker, procfs.start_time(maker)],
+            "ready": False,
+            "created": now(),
+            "bundle": request.bundle,
+            "rootfs": _absolute((config.get("root") or {}).get("path") or "", request.bundle),
+            "annotations": config.get("annotations") or {},
+            "cgroup": self.cgroup.record(),
+            "no_pivot": request.no_pivot or not self.ns.mask & sc.CLONE_NEWNS,
+            "namespaces": self.ns.mask,
+            "hooks": config.get("hooks") or {},
+            "process": self.process,
+            "seccomp": self.linux.get("seccomp"),
+            "personality": self.linux.get("personality"),
+        }
+        self.state = State.make(root, container_id, self.record)
+        self.init: Init | None = None
+        self.builder: builder.Builder | None = None
+        self.open: list[int] = []  # ours, closed at the end
+        self.master = -1
+
+    def run(self) -> tuple[State, int]:
+        try:
+            self._make()
+        except BaseException:
+            self._undo()
+            raise
+        finally:
+            for fd in self.open:
+                posix.close(fd)
+        return self.state, self.master
+
+    # the way there
+
+    def _make(self) -> None:
+        request = self.request
+        lowest = 3 + request.keep_fds
+        if request.notify_socket:
+            from . import notify
+
+            self.config = notify.prepare(self.state.path, self.config)
+            self.process = self.config["process"]
+        self.cgroup.create()
+        posix.mkfifo(f"{self.state.path}/{FIFO}", 0o600)
+        fifo = self._own(posix.open(f"{self.state.path}/{FIFO}", posix.O_RDONLY | posix.O_NONBLOCK | posix.O_CLOEXEC), lowest)
+        errors = self._own(posix.open(f"{self.state.path}/{START_ERROR}", _O_RDWR_NEW, 0o600), lowest)
+        joined = [(kind, flag, self._own(fd, lowest)) for kind, flag, fd in self.ns.open_joined()]
+        init = self.init = Init(request.stdio, [fifo, errors, *(fd for _, _, fd in joined)], lowest)
+        if self.user_namespace:
+            self._enter_user_namespace(init, joined)
+        cloned = self._clone(init, joined)
+        # while the kernel makes the namespaces
+        rootfs = self._open_rootfs(init)
+        pid = init.adopt_clone(cloned)
+        self.record["pid"] = pid
+        self.record["pid_start"] = procfs.start_time(pid)
+        self.state.save()
+        self.cgroup.attach(pid)
+        self._settle_inside(init, rootfs)
+        job = builder.Job(rootfs, self.config, pid, self.ns.mask & ~sc.CLONE_NEWTIME, self.ns.new)
+        job.cgroup = self.record["cgroup"]
+        job.pivot = not request.no_pivot
+        job.map_root = self._maps_root()
+        job.state = self._hook_state(pid)
+        if rootfs is None:
+            job.state["rootfs"] = self.record["rootfs"]
+        self.builder = builder.Builder(job)
+        # while the builder mounts
+        self._network_devices(pid)
+        self.cgroup.apply(self.linux.get("resources") or {})
+        if self.linux.get("intelRdt"):
+            from . import intel_rdt
+
+            intel_rdt.apply(self.state, self.linux["intelRdt"], pid)
+        final = process.Final(self.process, "", lowest)
+        seccomp = self._compile_seccomp(final)
+        built = self._wait_for_builder(pid)
+        process.apply_from_outside(pid, self.process)
+        self._finish(init, final, built, fifo, errors, seccomp)
+        self._publish(built)
+
+    def _own(self, fd: int, lowest: int = 3) -> int:
+        fd = above(fd, lowest)
+        self.open.append(fd)
+        return fd
+
+    def _enter_user_namespace(self, init: Init, joined: list[tuple[str, int, int]]) -> None:
+        """A user namespace comes first: it owns all namespaces made after it."""
+        tape = Tape()
+        if self.ns.new & sc.CLONE_NEWUSER:
+            tape.call("create user namespace", "unshare", sc.CLONE_NEWUSER)
+            init.play(tape)
+            namespaces.write_maps(
+                init.pid, self.linux.get("uidMappings") or [], self.linux.get("gidMappings") or []
+            )
+        else:
+            fd = next(fd for kind, _, fd in joined if kind == "user")
+            tape.call("join user namespace", "setns", fd, sc.CLONE_NEWUSER)
+            init.play(tape)
+
+    def _clone(self, init: Init, joined: list[tuple[str, int, int]]) -> Tape:
+        """Send the tape that joins and makes namespaces and ends as the container's first process."""
+        tape = Tape()
+        if self._maps_root():
+            tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
+            tape.call("become root of the user namespace", "setresuid", 0, 0, 0)
+        for kind, flag, fd in joined:
+            if kind != "user":
+                tape.call(f"join {kind} namespace", "setns", fd, flag)
+        if self.ns.new & sc.CLONE_NEWTIME:
+            tape.call("create time namespace", "unshare", sc.CLONE_NEWTIME)
+            offsets = self.linux.get("timeOffsets") or {}
+            text = "".join(
+                f"{_CLOCKS[clock]} {entry.get('secs') or 0} {entry.get('nanosecs') or 0}\n"
+                for clock, entry in offsets.items()
+            )
+            if text:
+                path = tape.text("/proc/self/timens_offsets")
+                fd_ = tape.call("open timens_offsets", "openat", sc.AT_FDCWD, path, posix.O_WRONLY)
+                tape.call("set time offsets", "write", fd_, tape.data(text.encode()), len(text))
+                tape.call("close", "close", fd_)
+        later = sc.CLONE_NEWUSER | sc.CLONE_NEWCGROUP | sc.CLONE_NEWTIME
+        tape.clone("create namespaces", sc.CLONE_PARENT | self.ns.new & ~later)
+        init.send(tape)
+        return tape
+
+    def _maps_root(self) -> bool:
+        maps = self.linux.get("uidMappings") or []
+        joined = self.user_namespace and not self.ns.new & sc.CLONE_NEWUSER
+        return self.user_namespace and (joined or any(m["containerID"] == 0 for m in maps))
+
+    def _open_rootfs(self, init: Init) -> Rootfs | None:
+        if not self.ns.mask & sc.CLONE_NEWNS:
+            return None
+        rootfs = Rootfs(
+            self.config,
+            self.request.bundle,
+            user_namespace=self.user_namespace,
+            userns_for=_IdMappings(init.pid, self.user_namespace),
+            overlay=self.request.overlay,
+        )
+        self.open += rootfs.descriptors()
+        return rootfs
+
+    def _settle_inside(self, init: Init, rootfs: Rootfs | None) -> None:
+        """What only the process itself can do: its cgroup namespace, its keyring, the procfs of its pid namespace."""
+        tape = Tape()
+        if not self.user_namespace:
+            tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
+        if self.ns.new & sc.CLONE_NEWCGROUP:
+            # only now that it sits in its cgroup: the namespace's root is the cgroup it is made in
+            tape.call("create cgroup namespace", "unshare", sc.CLONE_NEWCGROUP)
+        if not self.request.no_new_keyring:
+            process.join_keyring(tape, self.state.id)
+        mounts = rootfs.proc_mounts() if rootfs else []
+        for mount in mounts:
+            process.open_procfs(tape, mount.options.data)
+        init.send(tape)
+        for mount in mounts:
+            made = init.wait(tape)[1]
+            number = init.wait(tape)[1]
+            if number >= 0:
+                mount.tree = self._own(init.take(number), 3 + self.request.keep_fds)
+            mount.inside_errno = -min(0, made or number)
+        init.wait(tape)
+
+    def _network_devices(self, pid: int) -> None:
+        devices = self.linux.get("netDevices")
+        if not devices:
+            return
+        from . import net_devices
+
+        net_devices.move_in(self.state, devices, pid)
+
+    def _compile_seccomp(self, final: process.Final):  # type: ignore[no-untyped-def]
+        profile = self.linux.get("seccomp")
+        if not profile:
+            return None
+        from ovt.kernel import seccomp
+
+        program = seccomp.compile(profile, cache_dir=f"{self.root}/.seccomp")
+        final.seccomp = (program.bpf, program.flags, program.notify)
+        return program
+
+    def _wait_for_builder(self, pid: int) -> builder.Built:
+        assert self.builder is not None
+        message, fds = self.builder.receive()
+        if message.get("hooks"):
+            state = self._hook_state(pid)
+            hooks.run(self.config.get("hooks"), "prestart", state)
+            hooks.run(self.config.get("hooks"), "createRuntime", state)
+            self.builder.proceed()
+            message, fds = self.builder.receive()
+        self.builder.reap()
+        for fd in fds:
+            self._own(fd, 3 + self.request.keep_fds)
+        return builder.Built(message, self.open[len(self.open) - len(fds) :] if fds else [])
+
+    def _hook_state(self, pid: int) -> dict:
+        return {
+            "ociVersion": "1.3.0",
+            "id": self.state.id,
+            "status": "creating",
+            "pid": pid,
+            "bundle": self.record["bundle"],
+            "root": self.record["rootfs"],
+            "annotations": self.record["annotations"],
+        }
+
+    def _finish(self, init: Init, final: process.Final, built: builder.Built, fifo: int, errors: int, seccomp) -> None:  # type: ignore[no-untyped-def]
+        tape = Tape()
+        if self.record["no_pivot"] and not self.request.no_pivot:
+            path = self.record["rootfs"]
+            tape.call(f"chdir {path}", "chdir", tape.text(path))
+            tape.call(f"chroot {path}", "chroot", tape.text("."))
+        elif self.request.no_pivot:
+            # the new root lies on top of the old one: ".." of a root steps onto what is mounted there
+            tape.call("enter the root", "chdir", tape.text("/.."))
+            tape.call("chroot", "chroot", tape.text("."))
+        tape.call("chdir /", "chdir", tape.text("/"))
+        terminal = bool(self.process.get("terminal"))
+        process.become_session(tape, terminal)
+        process.personality(tape, self.linux)
+        process.memory_policy(tape, self.linux)
+        final.program = built.program
+        final.user_namespace = self.user_namespace
+        final.no_setgroups = self.user_namespace and _setgroups_denied(init.pid)
+        final.fifo, final.error_file = fifo, errors
+        env: list[str] = list(self.process.get("env") or [])
+        if built.home and not any(entry.startswith("HOME=") for entry in env):
+            env.append(f"HOME={built.home}")
+        if self.request.listen_fds:
+            env += [f"LISTEN_FDS={self.request.listen_fds}", "LISTEN_PID=1"]
+        final.process = {**self.process, "env": env}
+        if not self.process.get("args"):
+            final.process["args"] = [""]
+        process.finish(tape, final, init.sync_fd)
+        init.send(tape, (built.slave,) if terminal else ())
+        index, value = init.wait(tape)
+        if seccomp is not None and seccomp.notify:
+            from . import seccomp_agent
+
+            seccomp_agent.hand_over(init.pid, value, seccomp, self.state, self.process)
+            init.tell()
+            index, value = init.wait(tape)
+        init.close()
+
+    def _publish(self, built: builder.Built) -> None:
+        self.record["ready"] = True
+        if built.master >= 0:
+            if self.request.console_socket:
+                from . import console
+
+                console.send_master(self.request.console_socket, built.master)
+            elif self.request.want_terminal:
+                self.open.remove(built.master)
+                self.master = built.master
+        self.state.save()
+        if self.request.pid_file:
+            write_pid_file(self.request.pid_file, self.state.pid)
+
+    # the way back
+
+    def _undo(self) -> None:
+        """Leave nothing behind; what cannot be removed stays recorded for `delete --force`."""
+        if self.builder is not None:
+            self.builder.reap()
+        if self.init is not None:
+            self.init.close()
+            self.init.reap()
+        try:
+            if self.record.get("netDevices"):
+                from . import net_devices
+
+                net_devices.move_back(self.state)
+            self.cgroup.kill()
+            self.cgroup.remove()
+        except (OSError, OvtError):
+            return  # the first error is the one to tell; the record stays
+        self.state.remove()
+
+
+class _IdMappings:
+    """Finds the user namespace for an id-mapped mount: the container's own, or one made for the mount's mappings."""
+
+    def __init__(self, pid: int, user_namespace: bool) -> None:
+        self.pid = pid
+        self.user_namespace = user_namespace
+
+    def __call__(self, mount) -> int:  # type: ignore[no-untyped-def]
+        from . import idmap
+
+        return idmap.namespace_for(mount, self.pid if self.user_namespace else 0)
+
+
+def write_pid_file(path: str, pid: int) -> None:
+    """The pid in digits, no newline (containerd parses the whole file as a number), replaced atomically."""
+    directory, _, name = path.rpartition("/")
+    temporary = f"{directory}/.{name}.{posix.getpid()}" if directory else f".{name}.{posix.getpid()}"
+    fd = posix.open(temporary, posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC | posix.O_CLOEXEC, 0o644)
+    posix.write(fd, str(pid).encode())
+    posix.close(fd)
+    posix.rename(temporary, path)
+
+
+def _setgroups_denied(pid: int) -> bool:
+    try:
+        return procfs.read(f"/proc/{pid}/setgroups").startswith("deny")
+    except FileNotFoundError:
+        return False
+
+
+def _absolute(path: str, bundle: str) -> str:
+    return path if path.startswith("/") else f"{bundle}/{path}".rstrip("/")

@@ -1,0 +1,219 @@
+"""exec: another process in a running container.
+
+ovt-init again, from its sealed memfd: its tape joins the container's pid (and user) namespace, clones, and the
+clone, which is in the pid namespace from its first instruction, joins the rest. No Python and no host descriptor is
+ever visible to the container (CVE-2019-5736, 2024-21626).
+"""
+
+import posix
+
+from ovt.errors import PayloadError, StateError
+from ovt.kernel import procfs
+from ovt.kernel import syscalls as sc
+
+from . import console, paths, process
+from .builder import home_of
+from .create import write_pid_file
+from .init import Init, above
+from .state import CREATED, PAUSED, RUNNING, State
+from .tape import Tape
+
+_OUTSIDE = sc.CLONE_NEWUSER | sc.CLONE_NEWPID
+
+
+class Request:
+    """What `exec` is asked to do besides the process itself."""
+
+    __slots__ = (
+        "cgroup",
+        "console_socket",
+        "ignore_paused",
+        "keep_fds",
+        "pid_file",
+        "stdio",
+        "want_terminal",
+    )
+
+    def __init__(self) -> None:
+        self.cgroup: str | None = None  # a cgroup below the container's own
+        self.console_socket: str | None = None
+        self.ignore_paused = False
+        self.keep_fds = 0
+        self.pid_file: str | None = None
+        self.stdio = (0, 1, 2)
+        self.want_terminal = False
+
+
+def execute(state: State, spec: dict, request: Request, status_ok: tuple[str, ...] = (CREATED, RUNNING)) -> tuple[int, int]:
+    """Run `spec` (an OCI process) in the container: (pid, terminal master or -1). The process is the caller's child."""
+    status = state.status()
+    if status == PAUSED and not request.ignore_paused:
+        raise StateError(f"cannot exec in a paused container: {state.id}", "resume it first, or --ignore-paused")
+    if status not in (*status_ok, PAUSED):
+        raise StateError(f"cannot exec in a stopped container: container not running: {state.id}")
+    record = state.record
+    lowest = 3 + request.keep_fds
+    opened: list[int] = []
+    init: Init | None = None
+    done = False
+    try:
+        pidfd = above(posix.pidfd_open(state.pid, 0), lowest)
+        opened.append(pidfd)
+        if not state.alive():
+            raise StateError(f"cannot exec in a stopped container: container not running: {state.id}")
+        root = posix.open(f"/proc/{state.pid}/root", paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+        opened.append(above(root, lowest))
+        root = opened[-1]
+        program, env = _look_up(root, spec)
+        master, slave = -1, -1
+        if spec.get("terminal"):
+            master, slave = console.open_pair(root, spec.get("consoleSize"), (spec.get("user") or {}).get("uid") or 0)
+            opened += [master, slave]
+        affinity = spec.get("execCPUAffinity") or {}
+        mask = record["namespaces"]
+        keep = [pidfd, root] if record["no_pivot"] else [pidfd]
+        init = Init(request.stdio, keep, lowest)
+        process.set_affinity(init.pid, affinity.get("initial"))
+        tape = Tape()
+        if mask & _OUTSIDE:
+            tape.call("join the container's namespaces", "setns", pidfd, mask & _OUTSIDE)
+        tape.clone("clone into the container", sc.CLONE_PARENT)
+        init.send(tape)
+        pid = init.adopt_clone(tape)
+        _attach_cgroup(state, pid, request.cgroup)
+        process.set_affinity(pid, affinity.get("final"))
+        process.apply_from_outside(pid, spec)
+        final, listener = _final(state, spec, program, env, lowest)
+        tape = _join(state, mask, pidfd, root)
+        process.become_session(tape, bool(spec.get("terminal")))
+        final.no_setgroups = final.user_namespace and procfs.read(f"/proc/{pid}/setgroups").startswith("deny")
+        process.finish(tape, final, init.sync_fd)
+        init.send(tape, (slave,) if slave >= 0 else ())
+        _, value = init.wait(tape)
+        if listener is not None and listener.notify:
+            from . import seccomp_agent
+
+            seccomp_agent.hand_over(pid, value, listener, state, spec)
+            init.tell()
+            init.wait(tape)
+        try:
+            init.wait(tape, end_is_success=True)
+        except OSError as error:
+            raise PayloadError(f"{error.filename}: {error.strerror.lower()}", 126) from None
+        if master >= 0:
+            if request.console_socket:
+                console.send_master(request.console_socket, master)
+            elif request.want_terminal:
+                opened.remove(master)
+        if request.pid_file:
+            write_pid_file(request.pid_file, pid)
+        done = True
+        return pid, master if request.want_terminal else -1
+    finally:
+        for fd in opened:
+            posix.close(fd)
+        if init is not None:
+            init.close()
+            if not done:
+                init.reap()
+
+
+def _look_up(root: int, spec: dict) -> tuple[str, list[str]]:
+    env: list[str] = list(spec.get("env") or [])
+    program, why = paths.find_program(root, spec.get("program") or spec["args"][0], spec.get("cwd") or "/", env)
+    if not program:
+        raise PayloadError(why, 126 if "permission denied" in why else 127)
+    if not any(entry.startswith("HOME=") for entry in env):
+        env.append(f"HOME={home_of(root, (spec.get('user') or {}).get('uid') or 0)}")
+    return program, env
+
+
+def _attach_cgroup(state: State, pid: int, sub: str | None) -> None:
+    if not state.record.get("cgroup"):
+        return
+    from ovt.kernel import cgroup
+
+    group = cgroup.restore(state.record["cgroup"])
+    if sub:
+        group.attach(pid, sub)
+    else:
+        group.attach(pid)
+
+
+def _join(state: State, mask: int, pidfd: int, root: int) -> Tape:
+    tape = Tape()
+    if not mask & sc.CLONE_NEWUSER:
+        tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
+    process.join_keyring(tape, state.id)
+    rest = mask & ~_OUTSIDE
+    if rest:
+        tape.call("join the container's namespaces", "setns", pidfd, rest)
+    if mask & sc.CLONE_NEWUSER and state.record.get("maps_root", True):
+        tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
+        tape.call("become root of the user namespace", "setresuid", 0, 0, 0)
+    if state.record["no_pivot"]:
+        tape.call("enter the container's root", "fchdir", root)
+        tape.call("chroot", "chroot", tape.text("."))
+    process.personality(tape, state.record)
+    return tape
+
+
+def _final(state: State, spec: dict, program: str, env: list[str], lowest: int):  # type: ignore[no-untyped-def]
+    capabilities = spec.get("capabilities") or state.record["process"].get("capabilities")
+    final = process.Final({**spec, "env": env, "capabilities": capabilities}, program, lowest)
+    final.user_namespace = bool(state.record["namespaces"] & sc.CLONE_NEWUSER)
+    profile = state.record.get("seccomp")
+    if not profile:
+        return final, None
+    from ovt.kernel import seccomp
+
+    root = state.path.rsplit("/", 1)[0]
+    listener = seccomp.compile(profile, cache_dir=f"{root}/.seccomp")
+    final.seccomp = (listener.bpf, listener.flags, listener.notify)
+    return final, listener
+
+
+def run_start_hooks(state: State) -> None:
+    """startContainer hooks: run inside the container, as its root, before its program (runtime-spec)."""
+    from ovt.kernel import jsonc
+
+    for i, hook in enumerate(state.record["hooks"]["startContainer"]):
+        what = f"startContainer hook #{i} ({hook['path']})"
+        spec = {
+            "args": hook.get("args") or [hook["path"]],
+            "program": hook["path"],
+            "env": hook.get("env") or [],
+            "cwd": "/",
+            "user": {"uid": 0, "gid": 0},
+            "capabilities": state.record["process"].get("capabilities"),
+        }
+        read, write = posix.pipe2(posix.O_CLOEXEC)
+        null = posix.open("/dev/null", posix.O_WRONLY | posix.O_CLOEXEC)
+        request = Request()
+        request.stdio = (read, null, null)
+        try:
+            posix.write(write, jsonc.dumps(state.oci()).encode())
+            pid, _ = execute(state, spec, request)
+        finally:
+            for fd in (read, write, null):
+                posix.close(fd)
+        _wait_hook(what, pid, hook.get("timeout"))
+
+
+def _wait_hook(what: str, pid: int, timeout: int | None) -> None:
+    import select
+
+    from ovt.errors import HostError
+
+    pidfd = posix.pidfd_open(pid, 0)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    timely = bool(poll.poll(timeout * 1000 if timeout else None))
+    posix.close(pidfd)
+    if not timely:
+        posix.kill(pid, 9)
+    status = posix.waitstatus_to_exitcode(posix.waitpid(pid, 0)[1])
+    if not timely:
+        raise HostError(f"{what}: did not end within {timeout} s and was killed")
+    if status:
+        raise HostError(f"error executing {what}: " + (f"exit status {status}" if status > 0 else f"signal {-status}"))

@@ -1,0 +1,84 @@
+"""OCI hooks (runtime-spec, "POSIX-platform Hooks"): programs run with the container's state on their stdin."""
+
+import posix
+import select
+import time
+
+from ovt.errors import HostError
+from ovt.kernel import jsonc
+from ovt.kernel import syscalls as sc
+
+_SIGPIPE, _SIGXFSZ, _SIGKILL = 13, 25, 9
+
+
+def run(config_hooks: dict | None, name: str, state: dict) -> None:
+    """Run the hooks of one point in order; the first that fails ends it with HostError."""
+    for i, hook in enumerate((config_hooks or {}).get(name) or []):
+        _run_one(f"{name} hook #{i} ({hook['path']})", hook, state)
+
+
+def _run_one(what: str, hook: dict, state: dict) -> None:
+    args = hook.get("args") or [hook["path"]]
+    env: dict[bytes, bytes] = {}
+    for entry in hook.get("env") or []:
+        key, _, value = entry.encode().partition(b"=")
+        env[key] = value
+    read, write = posix.pipe2(posix.O_CLOEXEC)
+    out_read, out_write = posix.pipe2(posix.O_CLOEXEC)
+    actions = [
+        (posix.POSIX_SPAWN_DUP2, read, 0),
+        (posix.POSIX_SPAWN_DUP2, out_write, 1),
+        (posix.POSIX_SPAWN_DUP2, out_write, 2),
+    ]
+    try:
+        pid = posix.posix_spawn(
+            hook["path"], args, env, file_actions=actions, setsigmask=[], setsigdef=[_SIGPIPE, _SIGXFSZ]
+        )
+    except OSError as error:
+        raise HostError(f"{what}: {posix.strerror(error.errno).lower()}", error.errno) from None
+    finally:
+        posix.close(read)
+        posix.close(out_write)
+    output = b""
+    try:
+        try:
+            posix.write(write, jsonc.dumps(state).encode())
+        except BrokenPipeError:
+            pass  # a hook need not read its state
+        posix.close(write)
+        output = _wait(what, pid, out_read, hook.get("timeout"))
+    finally:
+        posix.close(out_read)
+    status = posix.waitstatus_to_exitcode(posix.waitpid(pid, 0)[1])
+    if status:
+        words = output[-2048:].decode("utf-8", "replace").strip()
+        how = f"exit status {status}" if status > 0 else f"signal {-status}"
+        raise HostError(f"error executing {what}: {how}" + (f", output: {words}" if words else ""))
+
+
+def _wait(what: str, pid: int, out: int, timeout: int | None) -> bytes:
+    """Collect output until the hook exits; kill it when `timeout` seconds have passed."""
+    pidfd = posix.pidfd_open(pid, 0)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(out, select.POLLIN)
+    deadline = time.monotonic() + timeout if timeout else None
+    output = b""
+    try:
+        while True:
+            left = None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
+            ready = dict(poll.poll(left))
+            if not ready:
+                posix.kill(pid, _SIGKILL)
+                posix.waitpid(pid, 0)
+                raise HostError(f"{what}: did not end within {timeout} s and was killed")
+            if out in ready:
+                chunk = posix.read(out, 65536)
+                output = (output + chunk)[-65536:]
+                if not chunk:
+                    poll.unregister(out)
+                continue  # a daemon the hook left behind may hold the pipe: the hook's own exit is what counts
+            if pidfd in ready:
+                return output
+    finally:
+        posix.close(pidfd)

@@ -1,0 +1,45 @@
+"""linux.netDevices: host NICs lent to a container, and given back with their old name, MTU and MAC."""
+
+import posix
+
+from ovt.errors import OvtError
+from ovt.kernel import netdevice
+
+from .state import State
+
+
+def move_in(state: State, devices: dict[str, dict], pid: int) -> None:
+    """Move `devices` (host name: {"name": name inside}) into the network namespace of `pid`, recording each first."""
+    namespace = posix.open(f"/proc/{pid}/ns/net", posix.O_RDONLY | posix.O_CLOEXEC)
+    try:
+        moved = state.record.setdefault("netDevices", [])
+        for name, wanted in devices.items():
+            moved.append(netdevice.move_device(name, namespace, (wanted or {}).get("name") or ""))
+            state.save()
+    finally:
+        posix.close(namespace)
+
+
+def move_back(state: State) -> None:
+    """Give every device that was moved its old identity back on the host; virtual ones end with the namespace."""
+    namespace = -1
+    if state.pid:
+        try:
+            namespace = posix.open(f"/proc/{state.pid}/ns/net", posix.O_RDONLY | posix.O_CLOEXEC)
+        except OSError:
+            pass  # the process is gone and the kernel has returned physical devices already
+    try:
+        remaining = state.record["netDevices"]
+        failure: OvtError | None = None
+        for record in list(remaining):
+            try:
+                netdevice.restore_device(record, namespace)
+                remaining.remove(record)
+                state.save()
+            except OvtError as error:
+                failure = error
+        if failure:
+            raise failure
+    finally:
+        if namespace >= 0:
+            posix.close(namespace)

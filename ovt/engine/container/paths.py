@@ -1,0 +1,138 @@
+"""Paths inside a root filesystem, always by descriptor: nothing here can step out of the root or follow a link out.
+
+Every look-up is openat2(RESOLVE_IN_ROOT) below the root's descriptor; what must be created is created one component
+at a time below the descriptor of a real directory (CVE-2018-15664, 2019-18837, 2021-30465, 2024-45310).
+"""
+
+import posix
+from errno import EEXIST, ELOOP, ENOENT
+
+from ovt.errors import HostError
+from ovt.kernel import syscalls as sc
+
+O_PATH = sc.O_PATH
+_DIRECTORY = posix.O_DIRECTORY
+_S_IFMT, _S_IFDIR, _S_IFREG = 0o170000, 0o040000, 0o100000
+
+
+def resolve(root: int, path: str, flags: int = O_PATH, resolve: int = 0) -> int:
+    """Open an existing path as a process chrooted to `root` would see it."""
+    return sc.openat2(root, path.lstrip("/") or ".", flags, 0, sc.RESOLVE_IN_ROOT | sc.RESOLVE_NO_MAGICLINKS | resolve)
+
+
+def parts(path: str) -> list[str]:
+    """The components of `path`, "." and ".." taken out lexically ("/../" is "/")."""
+    out: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            del out[-1:]
+        elif part not in ("", "."):
+            out.append(part)
+    return out
+
+
+def make_directory(root: int, path: str, mode: int = 0o755) -> int:
+    """Open the directory `path`, making it and its parents where they are missing.
+
+    A symlink that exists is followed inside the root; one that dangles is an error, not an invitation to create.
+    """
+    try:
+        return resolve(root, path, O_PATH | _DIRECTORY)
+    except FileNotFoundError:
+        pass
+    components = parts(path)
+    missing: list[str] = []
+    fd = -1
+    while fd < 0:
+        missing.insert(0, components.pop())
+        try:
+            fd = resolve(root, "/".join(components), O_PATH | _DIRECTORY)
+        except FileNotFoundError:
+            if not components:
+                raise
+    for name in missing:
+        try:
+            posix.mkdir(name, mode, dir_fd=fd)
+        except FileExistsError:
+            pass
+        try:
+            below = posix.open(name, O_PATH | _DIRECTORY | posix.O_NOFOLLOW | posix.O_CLOEXEC, dir_fd=fd)
+        except OSError as error:
+            if error.errno in (ELOOP, 20):
+                raise HostError(f"{path}: {name} is a dangling link or no directory", error.errno) from None
+            raise
+        posix.close(fd)
+        fd = below
+    return fd
+
+
+def make_file(root: int, path: str) -> int:
+    """Open (O_PATH) the file `path`, making it empty, and its parents, where it is missing."""
+    try:
+        return resolve(root, path)
+    except FileNotFoundError:
+        pass
+    components = parts(path)
+    if not components:
+        raise HostError(f"{path} is no file", EEXIST)
+    parent = make_directory(root, "/".join(components[:-1]))
+    try:
+        return create_file(parent, components[-1])
+    finally:
+        posix.close(parent)
+
+
+def create_file(parent: int, name: str, mode: int = 0o644) -> int:
+    """Open (O_PATH) a new or existing regular file `name` below `parent`; links are refused."""
+    flags = posix.O_CREAT | posix.O_NOFOLLOW | posix.O_CLOEXEC | posix.O_EXCL | posix.O_WRONLY
+    try:
+        posix.close(posix.open(name, flags, mode, dir_fd=parent))
+    except FileExistsError:
+        pass
+    fd = posix.open(name, O_PATH | posix.O_NOFOLLOW | posix.O_CLOEXEC, dir_fd=parent)
+    if posix.fstat(fd).st_mode & _S_IFMT == 0o120000:
+        posix.close(fd)
+        raise HostError(f"{name} is a link where a file was to be made", ELOOP)
+    return fd
+
+
+def is_directory(fd: int) -> bool:
+    """True when `fd` is a directory."""
+    return posix.fstat(fd).st_mode & _S_IFMT == _S_IFDIR
+
+
+def exists(root: int, path: str) -> bool:
+    """True when `path` resolves inside the root."""
+    try:
+        posix.close(resolve(root, path))
+    except OSError as error:
+        if error.errno in (ENOENT, 20, ELOOP):
+            return False
+        raise
+    return True
+
+
+def find_program(root: int, name: str, cwd: str, env: list[str]) -> tuple[str, str]:
+    """Look `name` up as execvp would, inside the root: (path, "") or ("", why) with the words podman greps for."""
+    if "/" in name:
+        candidates = [name if name.startswith("/") else f"{cwd}/{name}"]
+    else:
+        search = next((entry[5:] for entry in env if entry.startswith("PATH=")), "")
+        candidates = [f"{part or cwd}/{name}" for part in search.split(":")] if search else []
+    why = f'exec: "{name}": executable file not found in $PATH'
+    for candidate in candidates:
+        try:
+            fd = resolve(root, candidate)
+        except OSError as error:
+            if "/" in name:
+                why = f'exec: "{name}": stat {name}: {posix.strerror(error.errno).lower()}'
+            continue
+        mode = posix.fstat(fd).st_mode
+        posix.close(fd)
+        if mode & _S_IFMT == _S_IFDIR:
+            why = f'exec: "{name}": is a directory: permission denied'
+        elif not mode & 0o111:
+            why = f'exec: "{name}": permission denied'
+        else:
+            return candidate, ""
+    return "", why

@@ -1,0 +1,235 @@
+"""The root filesystem of a container: everything between an empty mount namespace and pivot_root.
+
+Two halves. `Rootfs(...)` runs in the caller's namespaces: it opens and clones what comes from the host. `build` and
+`finish` run in the builder, a process that has joined the container's namespaces but keeps the host's root until the
+very last call: all work is done below the descriptor of the new root, so no name the builder looks up for itself
+can be answered by the container (CVE-2019-14271).
+"""
+
+import posix
+from errno import EINVAL, ENOENT, ENOTDIR
+
+from ovt.errors import ConfigError, HostError, OvtError
+from ovt.kernel import syscalls as sc
+
+from . import devices, mounts, paths
+
+_PROPAGATION = {
+    "shared": (sc.MS_SHARED, False),
+    "rshared": (sc.MS_SHARED, True),
+    "slave": (sc.MS_SLAVE, False),
+    "rslave": (sc.MS_SLAVE, True),
+    "private": (sc.MS_PRIVATE, False),
+    "rprivate": (sc.MS_PRIVATE, True),
+    "unbindable": (sc.MS_UNBINDABLE, False),
+    "runbindable": (sc.MS_UNBINDABLE, True),
+}
+_CLONE = sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC
+
+
+class Rootfs:
+    """What will become the container's root, first as detached trees."""
+
+    def __init__(
+        self,
+        config: dict,
+        bundle: str,
+        *,
+        user_namespace: bool,
+        userns_for: mounts.UserNamespaceFor,
+        overlay: dict | None = None,
+    ) -> None:
+        linux = config.get("linux") or {}
+        self.config = config
+        self.linux = linux
+        self.path = _rootfs_path(config, bundle)
+        self.user_namespace = user_namespace
+        propagation: str = linux.get("rootfsPropagation") or ""
+        self.unbindable = _PROPAGATION[propagation] if "unbindable" in propagation else None
+        shared = "shared" in propagation
+        self.tree = _overlay_tree(overlay) if overlay else _clone_root(self.path)
+        if not shared:
+            sc.mount_setattr(self.tree, propagation=sc.MS_SLAVE, recursive=True)
+        if propagation and not self.unbindable:
+            flag, recursive = _PROPAGATION[propagation]
+            sc.mount_setattr(self.tree, propagation=flag, recursive=recursive)
+        self.mounts = [mounts.Mount(entry, f"$.mounts[{i}]") for i, entry in enumerate(config.get("mounts") or [])]
+        mounts.open_sources(self.mounts, bundle, shared, userns_for)
+        self.dev_is_bound = any(m.options.bind and paths.parts(m.destination) == ["dev"] for m in self.mounts)
+        self.devices = [] if self.dev_is_bound else devices.wanted(config)
+        self.host_nodes = devices.open_host_nodes(self.devices) if user_namespace else None
+        self.null = _open_null()
+        self._empty = -1
+        self._null_attached = False
+
+    def descriptors(self) -> list[int]:
+        """Everything this object holds open, for the caller to close once the builder is done."""
+        fds = [self.tree, self.null, *(mount.tree for mount in self.mounts), *(self.host_nodes or {}).values()]
+        return [fd for fd in fds if fd >= 0]
+
+    def proc_mounts(self) -> list[mounts.Mount]:
+        """The procfs mounts: the container's own process must make them, they show its pid namespace."""
+        return [mount for mount in self.mounts if mount.type == "proc" and not mount.options.bind]
+
+    def build(self, cgroup: dict | None) -> None:
+        """Attach the root over the host's and fill it. The caller has joined the container's namespaces."""
+        host_root = posix.open("/", paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+        sc.mount_setattr(host_root, propagation=sc.MS_SLAVE, recursive=True)
+        sc.move_mount(self.tree, host_root)
+        posix.close(host_root)
+        posix.umask(0)
+        label: str = self.linux.get("mountLabel") or ""
+        for mount in self.mounts:
+            if mount.type in ("cgroup", "cgroup2") and not mount.options.bind:
+                from . import cgroup_mount
+
+                cgroup_mount.attach(mount, self.tree, cgroup, self.config)
+                continue
+            fd = mounts.attach(mount, self.tree, label)
+            posix.close(fd)
+        if not self.dev_is_bound:
+            devices.make(self.tree, self.devices, self.host_nodes)
+            devices.make_links(self.tree)
+
+    def finish(self, pivot: bool) -> None:
+        """After the hooks: sysctls, masked and read-only paths, a read-only root; then make it the root."""
+        for key, value in (self.linux.get("sysctl") or {}).items():
+            _sysctl(key, value)
+        for path in self.linux.get("readonlyPaths") or []:
+            self._read_only(path)
+        for path in self.linux.get("maskedPaths") or []:
+            self._mask(path)
+        if (self.config.get("root") or {}).get("readonly"):
+            sc.mount_setattr(self.tree, sc.MOUNT_ATTR_RDONLY)
+        if self.unbindable:
+            flag, recursive = self.unbindable
+            sc.mount_setattr(self.tree, propagation=flag, recursive=recursive)
+        posix.fchdir(self.tree)
+        if pivot:
+            # new root and put_old are the same directory: the old root ends up on top of the new one and is taken off
+            sc.pivot_root(".", ".")
+            sc.umount2(".", sc.MNT_DETACH)
+        posix.chdir("/")
+
+    def _read_only(self, path: str) -> None:
+        try:
+            fd = paths.resolve(self.tree, path)
+        except OSError as error:
+            if error.errno in (ENOENT, ENOTDIR):
+                return
+            raise
+        try:
+            tree = sc.open_tree(fd, "", _CLONE | sc.AT_EMPTY_PATH | sc.AT_RECURSIVE)
+            sc.mount_setattr(tree, sc.MOUNT_ATTR_RDONLY, recursive=True)
+            sc.move_mount(tree, fd)
+            posix.close(tree)
+        except OSError as error:
+            raise HostError(f"make {path} read-only: {posix.strerror(error.errno)}", error.errno) from None
+        finally:
+            posix.close(fd)
+
+    def _mask(self, path: str) -> None:
+        try:
+            fd = paths.resolve(self.tree, path)
+        except OSError as error:
+            if error.errno in (ENOENT, ENOTDIR):
+                return
+            raise
+        try:
+            if paths.is_directory(fd):
+                # one empty read-only tmpfs serves all masked directories: Kubernetes masks one for each CPU
+                if self._empty < 0:
+                    self._empty = mounts.new_filesystem(
+                        "tmpfs",
+                        "tmpfs",
+                        ["size=0k", "nr_inodes=2", "mode=555"],
+                        sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOEXEC,
+                        label=self.linux.get("mountLabel") or "",
+                    )
+                    sc.move_mount(self._empty, fd)
+                    return
+                tree = sc.open_tree(self._empty, "", _CLONE | sc.AT_EMPTY_PATH)
+            elif not self._null_attached:
+                self._null_attached = True
+                sc.move_mount(self.null, fd)
+                return
+            else:
+                tree = sc.open_tree(self.null, "", _CLONE | sc.AT_EMPTY_PATH)
+            sc.move_mount(tree, fd)
+            posix.close(tree)
+        except OSError as error:
+            raise HostError(f"mask {path}: {posix.strerror(error.errno)}", error.errno) from None
+        finally:
+            posix.close(fd)
+
+
+def _rootfs_path(config: dict, bundle: str) -> str:
+    path: str = (config.get("root") or {}).get("path") or ""
+    if not path.startswith("/"):
+        path = f"{bundle}/{path}" if path else bundle
+    return path
+
+
+def _clone_root(path: str) -> int:
+    try:
+        tree = sc.open_tree(sc.AT_FDCWD, path, _CLONE | sc.AT_RECURSIVE)
+    except FileNotFoundError:
+        raise ConfigError("$.root.path", f"{path}: no such file or directory") from None
+    except OSError as error:
+        hint = ""
+        if error.errno == EINVAL:
+            hint = "the mount that holds it is unbindable"
+        raise HostError(f"open the rootfs {path}: {posix.strerror(error.errno)}", error.errno, hint) from None
+    if not paths.is_directory(tree):
+        raise ConfigError("$.root.path", f"{path}: not a directory")
+    return tree
+
+
+def _overlay_tree(overlay: dict) -> int:
+    """An overlay that only this container sees: {"lower": [dir, …], "upper": dir, "work": dir}."""
+    data = [f"lowerdir={':'.join(_escaped(lower) for lower in overlay['lower'])}"]
+    data += [f"upperdir={overlay['upper']}", f"workdir={overlay['work']}", *overlay.get("options", [])]
+    try:
+        return mounts.new_filesystem("overlay", "overlay", data)
+    except OSError as error:
+        words = error.filename or posix.strerror(error.errno)
+        raise HostError(f"mount the overlay of {overlay['upper']}: {words}", error.errno) from None
+
+
+def _escaped(path: str) -> str:
+    return path.replace("\\", "\\\\").replace(":", "\\:")
+
+
+def _open_null() -> int:
+    """A detached clone of the host's /dev/null, proven to be it (CVE-2025-31133)."""
+    tree = sc.open_tree(sc.AT_FDCWD, "/dev/null", _CLONE)
+    status = posix.fstat(tree)
+    if status.st_mode & 0o170000 != 0o020000 or status.st_rdev != posix.makedev(1, 3):
+        raise HostError("/dev/null of the host is not the null device")
+    sc.mount_setattr(tree, propagation=sc.MS_PRIVATE)
+    return tree
+
+
+def _sysctl(key: str, value: str) -> None:
+    """Write a sysctl, by a path that cannot leave the host's own procfs (CVE-2019-16884, 2025-52881)."""
+    from .sysctl import file_of  # the path that was checked is the path that is written
+
+    path = file_of(key)
+    try:
+        proc = posix.open("/proc", paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+        if sc.fstatfs_type(proc) != sc.PROC_SUPER_MAGIC:
+            raise HostError("/proc of the host is not a procfs")
+        strict = sc.RESOLVE_BENEATH | sc.RESOLVE_NO_XDEV | sc.RESOLVE_NO_SYMLINKS | sc.RESOLVE_NO_MAGICLINKS
+        fd = sc.openat2(proc, f"sys/{path}", posix.O_WRONLY, 0, strict)
+        posix.close(proc)
+        try:
+            posix.write(fd, value.encode())
+        finally:
+            posix.close(fd)
+    except OSError as error:
+        raise _sysctl_failed(key, value, error) from None
+
+
+def _sysctl_failed(key: str, value: str, error: OSError) -> OvtError:
+    hint = f"this kernel has no sysctl {key}" if error.errno == ENOENT else ""
+    return HostError(f"write sysctl {key} = {value!r}: {posix.strerror(error.errno).lower()}", error.errno, hint)

@@ -1,0 +1,230 @@
+"""The state directory of a container: `<root>/<id>/` (runtime-spec, "State").
+
+    state.json   what must be known to find, finish or remove the container; replaced atomically
+    exec.fifo    exists until `start`: a container with it is `created`
+    start.error  ovt-init's last words when the program could not be executed
+
+What is written here is enough for `delete` after a kill -9 at any point: the record is made before anything else
+is, and extended before each thing that would have to be undone. The status is never stored, it is derived.
+"""
+
+import posix
+import time
+from errno import EEXIST
+
+from ovt.errors import Conflict, HostError, NotFound, OvtError, UsageError
+from ovt.kernel import jsonc, procfs
+
+OCI_VERSION = "1.3.0"
+STATE = "state.json"
+FIFO = "exec.fifo"
+START_ERROR = "start.error"
+
+CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
+
+_FIRST = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-")
+_REST = _FIRST | {"."}
+
+
+def check_id(container_id: str) -> None:
+    """Container names as runc and crun take them, at most 1024 characters; UsageError otherwise."""
+    if not container_id:
+        raise UsageError("container ID cannot be empty")
+    good = len(container_id) <= 1024 and container_id[0] in _FIRST and _REST.issuperset(container_id)
+    if not good:
+        raise UsageError(f"invalid container ID format: {container_id!r}", "use letters, digits and _ + - .")
+
+
+def default_root() -> str:
+    """/run/ovt, or for a normal user $XDG_RUNTIME_DIR/ovt."""
+    if posix.geteuid() == 0 and not posix.environ.get(b"XDG_RUNTIME_DIR_OVT"):
+        return "/run/ovt"
+    base = posix.environ.get(b"XDG_RUNTIME_DIR", b"").decode("utf-8", "surrogateescape")
+    return f"{base or f'/tmp/ovt-{posix.geteuid()}'}/ovt"
+
+
+def make_root(root: str) -> None:
+    """Create `root` with mode 0700; refuse one that another user could have put in place."""
+    made = ""
+    for part in root.split("/"):
+        made += part + "/"
+        try:
+            posix.mkdir(made, 0o700)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise HostError(
+                f"cannot make the state directory {root}: {posix.strerror(error.errno)}",
+                error.errno,
+                "choose another with --root",
+            ) from None
+    status = posix.stat(root)
+    if status.st_uid not in (0, posix.geteuid()):
+        raise HostError(f"the state directory {root} belongs to uid {status.st_uid}", hint="choose another with --root")
+
+
+class State:
+    """One container's directory and its record (a dict, kept as JSON)."""
+
+    __slots__ = ("id", "path", "record")
+
+    def __init__(self, root: str, container_id: str, record: dict) -> None:
+        self.id = container_id
+        self.path = f"{root}/{container_id}"
+        self.record = record
+
+    # making, loading, removing
+
+    @classmethod
+    def make(cls, root: str, container_id: str, record: dict) -> "State":
+        """Claim the name: the directory comes into being with its record in it. Conflict when the name is taken."""
+        make_root(root)
+        temporary = f"{root}/.{container_id[:200]}.{posix.getpid()}"
+        state = cls(root, container_id, record)
+        if _exists(state.path):
+            raise Conflict(f"container with given ID already exists: {container_id}")
+        posix.mkdir(temporary, 0o711)
+        _write(f"{temporary}/{STATE}", jsonc.dumps(record))
+        try:
+            posix.rename(temporary, state.path)  # onto an existing non-empty directory: ENOTEMPTY or EEXIST
+        except OSError as error:
+            posix.unlink(f"{temporary}/{STATE}")
+            posix.rmdir(temporary)
+            if error.errno in (EEXIST, 39):
+                raise Conflict(f"container with given ID already exists: {container_id}") from None
+            raise
+        return state
+
+    @classmethod
+    def load(cls, root: str, container_id: str) -> "State":
+        """Read the record. NotFound when there is none; OvtError when it is damaged."""
+        check_id(container_id)
+        path = f"{root}/{container_id}/{STATE}"
+        try:
+            record = jsonc.loads(procfs.read(path, 16 << 20))
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"container does not exist: {container_id}") from None
+        except ValueError as error:
+            raise OvtError(
+                f"container {container_id}: {path} is damaged: {error}", f"remove it: delete --force {container_id}"
+            ) from None
+        if not isinstance(record, dict) or not isinstance(record.get("pid"), int):
+            raise OvtError(
+                f"container {container_id}: {path} is not a state record", f"remove it: delete --force {container_id}"
+            )
+        return cls(root, container_id, record)
+
+    def save(self) -> None:
+        """Replace the record atomically."""
+        _write(f"{self.path}/{STATE}", jsonc.dumps(self.record))
+
+    def remove(self) -> None:
+        """Remove the directory; the record goes last, so that an interrupted removal can be repeated."""
+        remove_tree(self.path, last=STATE)
+
+    # what can be derived
+
+    @property
+    def pid(self) -> int:
+        """The init process on the host; 0 before there is one."""
+        pid: int = self.record["pid"]
+        return pid
+
+    def alive(self) -> bool:
+        """True while the init process that this record means has not exited."""
+        return self.pid > 0 and procfs.alive(self.pid, self.record["pid_start"])
+
+    def waiting(self) -> bool:
+        """True until `start` was called."""
+        return _exists(f"{self.path}/{FIFO}")
+
+    def status(self) -> str:
+        """The OCI status, from the process, the FIFO and the freezer."""
+        if not self.alive():
+            # between the claim of the name and the birth of the process another runtime may be at work on it
+            maker = self.record.get("maker")
+            if self.pid == 0 and maker and procfs.alive(maker[0], maker[1]):
+                return CREATING
+            return STOPPED
+        if not self.record.get("ready"):
+            return CREATING
+        if self.waiting():
+            return CREATED
+        return PAUSED if self.record.get("cgroup") and self._frozen() else RUNNING
+
+    def _frozen(self) -> bool:
+        from ovt.kernel import cgroup
+
+        return cgroup.restore(self.record["cgroup"]).frozen()
+
+    def oci(self) -> dict:
+        """The state as the runtime-spec has it, with the additions that callers of runc read."""
+        status = self.status()
+        return {
+            "ociVersion": OCI_VERSION,
+            "id": self.id,
+            "pid": self.pid if status != STOPPED else 0,
+            "status": status,
+            "bundle": self.record["bundle"],
+            "rootfs": self.record.get("rootfs", ""),
+            "created": self.record["created"],
+            "annotations": self.record.get("annotations") or {},
+            "owner": self.record.get("owner", ""),
+        }
+
+
+def list_ids(root: str) -> list[str]:
+    """The names below `root`, sorted; temporary ones left out."""
+    try:
+        names = posix.listdir(root)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in names if not name.startswith(".") and _exists(f"{root}/{name}/{STATE}"))
+
+
+def now() -> str:
+    """The time as RFC 3339 in UTC with nanoseconds."""
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    t = time.gmtime(seconds)
+    return f"{t[0]:04}-{t[1]:02}-{t[2]:02}T{t[3]:02}:{t[4]:02}:{t[5]:02}.{nanoseconds:09}Z"
+
+
+def remove_tree(path: str, last: str = "") -> None:
+    """Remove a directory of ours without following links; the entry `last` goes last. Missing is fine."""
+    try:
+        names = posix.listdir(path)
+    except FileNotFoundError:
+        return
+    for name in sorted(names, key=last.__eq__):
+        entry = f"{path}/{name}"
+        try:
+            if posix.lstat(entry).st_mode & 0o170000 == 0o040000:
+                remove_tree(entry)
+            else:
+                posix.unlink(entry)
+        except FileNotFoundError:
+            pass
+    try:
+        posix.rmdir(path)
+    except FileNotFoundError:
+        pass
+
+
+def _exists(path: str) -> bool:
+    try:
+        posix.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _write(path: str, text: str) -> None:
+    temporary = f"{path}.{posix.getpid()}"
+    fd = posix.open(temporary, posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC | posix.O_CLOEXEC, 0o600)
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+        while raw:
+            raw = raw[posix.write(fd, raw) :]
+    finally:
+        posix.close(fd)
+    posix.rename(temporary, path)

@@ -1,0 +1,120 @@
+"""What a container uses, and what its cgroups leave behind: readings of cgroups and /proc for the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ovt.engine.base import Stats
+from ovt.errors import HostError
+from ovt.kernel import procfs
+
+_CGROUP = "/sys/fs/cgroup"
+_UNLIMITED = 1 << 60  # v1 shows "no limit" as the largest multiple of the page size below 2**63
+
+
+def stats(data: dict[str, Any], pid: int, pids: list[int]) -> Stats:
+    """From the runtime's statistics (the `data` object of `events --stats`); without a cgroup from /proc."""
+    received, sent = _network(pid)
+    if not data:
+        return Stats(_cpu_seconds(pids), _resident(pids), 0, len(pids), 0, 0, 0, received, sent)
+    memory = (data.get("memory") or {}).get("usage") or {}
+    cache = (data.get("memory") or {}).get("cache", 0)
+    limit = memory.get("limit", 0)
+    processes = data.get("pids") or {}
+    most = processes.get("limit", 0)
+    blocks = (data.get("blkio") or {}).get("ioServiceBytesRecursive") or []
+    return Stats(
+        cpu_seconds=((data.get("cpu") or {}).get("usage") or {}).get("total", 0) / 1e9,
+        memory=max(0, memory.get("usage", 0) - cache),
+        memory_limit=limit if 0 < limit < _UNLIMITED else 0,
+        pids=processes.get("current", len(pids)),
+        pids_limit=most if 0 < most < _UNLIMITED else 0,
+        block_read=_sum(blocks, "read"),
+        block_write=_sum(blocks, "write"),
+        network_received=received,
+        network_sent=sent,
+    )
+
+
+def _sum(entries: list[dict[str, Any]], operation: str) -> int:
+    return sum(int(entry.get("value", 0)) for entry in entries if str(entry.get("op", "")).lower() == operation)
+
+
+def _network(pid: int) -> tuple[int, int]:
+    """Bytes in and out over all links but the loopback, from /proc/PID/net/dev (proc(5))."""
+    received = sent = 0
+    try:
+        lines = procfs.read(f"/proc/{pid}/net/dev").splitlines()[2:]
+    except (FileNotFoundError, ProcessLookupError, OSError):
+        return 0, 0  # it has just ended
+    for line in lines:
+        name, _, numbers = line.partition(":")
+        if name.strip() != "lo":
+            fields = numbers.split()
+            received += int(fields[0])
+            sent += int(fields[8])
+    return received, sent
+
+
+def _cpu_seconds(pids: list[int]) -> float:
+    ticks = 0
+    for pid in pids:
+        fields = procfs.stat_fields(pid)
+        if fields:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _resident(pids: list[int]) -> int:
+    pages = 0
+    for pid in pids:
+        fields = procfs.stat_fields(pid)
+        if fields:
+            pages += int(fields[21])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def same_pid_namespace(pid: int) -> list[int]:
+    """All processes in the pid namespace of `pid`, for containers without a cgroup."""
+    try:
+        wanted = os.readlink(f"/proc/{pid}/ns/pid")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.readlink(f"/proc/{name}/ns/pid") == wanted:
+                    found.append(int(name))
+            except OSError:
+                continue  # ended, or another user's
+    return sorted(found)
+
+
+def cgroup_directories(parent: str) -> Iterator[str]:
+    """The directories that ovt made for containers below `parent` in every hierarchy."""
+    if not parent.startswith("/"):
+        return
+    roots = [_CGROUP] if os.path.exists(f"{_CGROUP}/cgroup.controllers") else []
+    if not roots and os.path.isdir(_CGROUP):
+        roots = [f"{_CGROUP}/{name}" for name in os.listdir(_CGROUP) if not os.path.islink(f"{_CGROUP}/{name}")]
+    for root in roots:
+        try:
+            names = os.listdir(root + parent)
+        except OSError:
+            continue
+        for name in sorted(names):
+            if os.path.isdir(f"{root}{parent}/{name}"):
+                yield f"{root}{parent}/{name}"
+
+
+def remove_cgroup(path: str) -> None:
+    """Remove an empty cgroup and those below it; HostError naming the processes that are still in it."""
+    for directory, _, _ in os.walk(path, topdown=False):
+        try:
+            os.rmdir(directory)
+        except OSError as error:
+            pids = procfs.read(f"{directory}/cgroup.procs").split()
+            raise HostError(f"{directory} is still used by processes {' '.join(pids)}", error.errno or 0) from error

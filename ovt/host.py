@@ -1,0 +1,436 @@
+"""The host: one object with every verb, for the command line and for programs; it composes store, journal and engine.
+
+    host = Host()
+    host.run("busybox", ["true"])                # 0, the exit status
+    web = host.launch("busybox", ["httpd", "-f"], name="web")
+    host.stop("web"); host.delete("web")
+
+Every method takes a name, an id or a unique beginning of one. The order of each verb is chosen so that a kill -9 at
+any point leaves what `list`, `delete` with force and `leftovers` can see and finish. Policy lives here and in
+`ovt.exits`; how guests are made lives in the engine. Nothing is printed: `report` is given one line for slow steps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from ovt import exits
+from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError
+from ovt.journal import Journal
+from ovt.kernel import procfs
+from ovt.model import IDLE, LIVE, Instance, Kind, Limits, Restart, Spec, Status, check_name, require
+from ovt.store import Store
+
+if TYPE_CHECKING:
+    from ovt.engine.attach import Detached
+    from ovt.engine.base import Engine, Process, Stats
+    from ovt.engine.guest_log import LogRecord
+
+_SIGKILL, _SIGTERM = 9, 15
+_KILL_WAIT = 10.0  # seconds a killed guest may take to end
+
+
+def default_data() -> str:
+    """/var/lib/ovt, for anyone but root $XDG_DATA_HOME/ovt."""
+    if os.geteuid() == 0:
+        return "/var/lib/ovt"
+    return f"{os.environ.get('XDG_DATA_HOME') or os.path.expanduser('~/.local/share')}/ovt"
+
+
+def default_run() -> str:
+    """/run/ovt/people, for anyone but root $XDG_RUNTIME_DIR/ovt/people or a directory of its own in /tmp."""
+    if os.geteuid() == 0:
+        return "/run/ovt/people"
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.path.isdir(base):
+        return f"{base}/ovt/people"
+    own = f"/tmp/ovt-{os.geteuid()}"
+    try:
+        os.mkdir(own, 0o700)
+    except FileExistsError:
+        info = os.lstat(own)
+        if info.st_uid != os.geteuid() or info.st_mode & 0o170777 != 0o040700:
+            raise HostError(
+                f"{own} is not a directory of mode 0700 of your own", hint=f"remove it: rm -r {own}"
+            ) from None
+    return f"{own}/people"
+
+
+class Host:
+    """The instances below `data`, with run-time state below `run`. `engine` is made when it is first needed."""
+
+    def __init__(
+        self,
+        data: str = "",
+        run: str = "",
+        *,
+        engine: Engine | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.data = os.path.abspath(data or default_data())
+        self.run_root = os.path.abspath(run or default_run())
+        self.report = report
+        self.store = Store(self.data)
+        self.journal = Journal(self.data)
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the guests."""
+        if self._engine is None:
+            from ovt.engine.container.engine import ContainerEngine
+
+            os.makedirs(self.run_root, mode=0o700, exist_ok=True)
+            self._engine = ContainerEngine(self.run_root, f"{self.data}/images", self.report)
+        return self._engine
+
+    # instances come and go
+
+    def create(self, spec: Spec, name: str = "", labels: Mapping[str, str] | None = None) -> Instance:
+        """Keep a new instance, not started. Conflict when the name is taken; an empty name is made up."""
+        if name:
+            check_name(name)
+        spec, rootfs = self.engine.prepare(spec)
+        for _ in range(20):
+            instance = Instance(
+                os.urandom(6).hex(),
+                name or made_up_name(),
+                Kind.CONTAINER,
+                time.time(),
+                spec,
+                labels=dict(labels or {}),
+                rootfs=rootfs,
+            )
+            try:
+                self.store.add(instance)
+            except Conflict:
+                if name:
+                    raise
+                continue
+            self.journal.write("create", instance.id, instance.name, image=spec.image)
+            return instance
+        raise Conflict("no free name was found in twenty tries", "give one with --name")
+
+    def plan(self, spec: Spec, name: str = "") -> list[str]:
+        """What creating and starting such an instance would do, one line each."""
+        spec, rootfs = self.engine.prepare(spec)
+        name = check_name(name) if name else made_up_name()
+        instance = Instance("0" * 12, name, Kind.CONTAINER, 0.0, spec, rootfs=rootfs)
+        return [f"instance {name} in {self.store.instances}", *self.engine.plan(instance, self.store.home("ID"))]
+
+    def delete(self, reference: str, force: bool = False) -> Instance | None:
+        """Remove an instance; with `force` also one that is alive or damaged. The record, None for a damaged one."""
+        try:
+            with self.store.locked(reference) as instance:
+                status = self.store.observe(instance)
+                require("delete --force" if force else "delete", instance.name, status)
+                self._remove(instance)
+                return instance
+        except (NotFound, StateError, HostError):
+            raise
+        except OvtError:  # a damaged record
+            if not force:
+                raise
+            id = self.store.resolve(reference)
+            ghost = Instance(id, "", Kind.CONTAINER, 0.0, Spec(""))
+            self.engine.cleanup(ghost, self.store.home(id))
+            self.engine.destroy(ghost, self.store.home(id))
+            self.store.discard(id)
+            return None
+
+    def _remove(self, instance: Instance) -> None:
+        home = self.store.home(instance.id)
+        self.engine.cleanup(instance, home)
+        exits.wait_for_record(home, _KILL_WAIT)  # the supervisor writes there until then
+        self.engine.destroy(instance, home)
+        self.store.remove(instance)
+        self.journal.write("delete", instance.id, instance.name)
+
+    def rename(self, reference: str, name: str) -> Instance:
+        """Give an instance another name; its host name stays what it was made with."""
+        check_name(name)
+        with self.store.locked(reference) as instance:
+            require("rename", instance.name, self.store.observe(instance))
+            renamed = self.store.rename(instance, name)
+        self.journal.write("rename", renamed.id, name, old=instance.name)
+        return renamed
+
+    # life
+
+    def start(self, reference: str) -> Instance:
+        """Start an instance detached."""
+        with self.store.locked(reference) as instance:
+            require("start", instance.name, self.store.observe(instance))
+            return self._go(self._make(instance, restarts=0))
+
+    def start_attached(
+        self, reference: str, stdin: int | None, lossless: bool = True, keys: str = ""
+    ) -> int | Detached:
+        """Start an instance joined to this process's streams; its exit status, or DETACHED after the detach keys."""
+        from ovt.engine import supervisor
+
+        with ExitStack() as stack:
+            instance = stack.enter_context(self.store.locked(reference))
+            require("start", instance.name, self.store.observe(instance))
+            made = self._make(instance, restarts=0)
+            home = self.store.home(made.id)
+
+            def go() -> None:
+                self._go(made)
+                stack.close()  # from here on others may stop it
+
+            forward = None if made.spec.tty else lambda number: self.engine.signal(made, number)
+            return supervisor.attach(
+                home, stdin, 1, 2, detach_keys=keys, forward_signals=forward, lossless=lossless, on_attached=go
+            )
+
+    def _make(self, instance: Instance, restarts: int) -> Instance:
+        """From an idle instance to one whose program waits; only inside `locked`."""
+        home = self.store.home(instance.id)
+        self.engine.cleanup(instance, home)  # what a killed command may have left
+        own = os.getpid()
+        instance = self.store.save(
+            instance._replace(
+                status=Status.CREATING,
+                pid=own,
+                start_time=procfs.start_time(own) or 0,
+                restarts=restarts,
+                stop_wanted=False,
+                error="",
+            )
+        )
+        try:
+            guest = self.engine.create(
+                instance, home, exits.command(self.data, self.run_root, instance.id), exits.env()
+            )
+        except OvtError as error:
+            self._failed(instance, error)
+            raise
+        return self.store.save(
+            instance._replace(
+                supervisor_pid=guest.supervisor_pid,
+                supervisor_start_time=guest.supervisor_start_time,
+                rootfs={**instance.rootfs, "guest": [guest.pid, guest.start_time]},
+            )
+        )
+
+    def _go(self, instance: Instance) -> Instance:
+        pid, start_time = instance.rootfs["guest"]
+        rootfs = {key: value for key, value in instance.rootfs.items() if key != "guest"}
+        try:
+            self.engine.start(instance)
+        except OvtError as error:
+            self.engine.cleanup(instance, self.store.home(instance.id))
+            self._failed(instance._replace(rootfs=rootfs), error)
+            raise
+        started = self.store.save(
+            instance._replace(
+                status=Status.RUNNING, pid=pid, start_time=start_time, started=time.time(), finished=0.0, rootfs=rootfs
+            )
+        )
+        self.journal.write("start", instance.id, instance.name, pid=pid)
+        return started
+
+    def _failed(self, instance: Instance, error: OvtError) -> None:
+        status = Status.STOPPED if instance.started else Status.CREATED
+        self.store.save(instance._replace(status=status, pid=0, start_time=0, error=error.message))
+        self.journal.write("fail", instance.id, instance.name, error=error.message)
+
+    def launch(self, image: str, command: Sequence[str] = (), *, name: str = "", **options: Any) -> Instance:
+        """Create and start an instance in the background; `options` are members of Spec."""
+        instance = self.create(Spec(image=image, command=tuple(command), **options), name)
+        return self.start(instance.id)
+
+    def run(self, image: str, command: Sequence[str] = (), *, name: str = "", **options: Any) -> int:
+        """Run an instance joined to this process's streams, and remove it; its exit status."""
+        instance = self.create(Spec(image=image, command=tuple(command), **{"auto_remove": True, **options}), name)
+        code = self.start_attached(instance.id, 0 if instance.spec.stdin else None)
+        self.settle(instance.id)
+        return code if isinstance(code, int) else 0
+
+    def attach(self, reference: str, stdin: int | None, keys: str, forward: bool = True) -> int | Detached:
+        """Join this process's streams to a living instance; its exit status, or DETACHED after the detach keys."""
+        from ovt.engine import supervisor
+
+        instance = self._allowed("attach", reference)
+        pass_on = (lambda number: self.engine.signal(instance, number)) if forward and not instance.spec.tty else None
+        return supervisor.attach(self.store.home(instance.id), stdin, 1, 2, detach_keys=keys, forward_signals=pass_on)
+
+    def stop(self, reference: str, timeout: float | None = None) -> Instance:
+        """Ask an instance to end, kill it after `timeout` seconds (its own by default); fine when it is not alive."""
+        with self.store.locked(reference) as instance:
+            status = self.store.observe(instance)
+            if status in IDLE:
+                return self.store.save(instance._replace(stop_wanted=True))
+            require("stop", instance.name, status)
+            instance = self.store.save(instance._replace(stop_wanted=True))
+            if status is Status.RESTARTING:
+                instance = self.store.save(instance._replace(status=Status.STOPPED, pid=0, start_time=0))
+                self.journal.write("stop", instance.id, instance.name)
+                return instance
+            self.engine.signal(instance, instance.spec.stop_signal or _SIGTERM)
+            if status is Status.PAUSED:
+                self.engine.freeze(instance, False)
+                instance = self.store.save(instance._replace(status=Status.RUNNING))
+        home = self.store.home(instance.id)
+        if not exits.wait_for_record(home, instance.spec.stop_timeout if timeout is None else timeout):
+            self.engine.signal(instance, _SIGKILL, everyone=True)
+            exits.wait_for_record(home, _KILL_WAIT)
+        self.journal.write("stop", instance.id, instance.name)
+        self.settle(instance.id)
+        return instance
+
+    def restart(self, reference: str, timeout: float | None = None) -> Instance:
+        """Stop an instance if it is alive, then start it."""
+        id = self.store.resolve(reference)
+        instance = self.store.load(id)
+        require("restart", instance.name, self.store.observe(instance))
+        if instance.spec.auto_remove and self.store.observe(instance) in LIVE:
+            raise StateError("it is removed as soon as it stops (--rm)", "run it again instead")
+        self.stop(id, timeout)
+        return self.start(id)
+
+    def kill(self, reference: str, signal: int = _SIGKILL) -> Instance:
+        """Send a signal to the first process of an instance."""
+        with self.store.locked(reference) as instance:
+            require("kill", instance.name, self.store.observe(instance))
+            if signal in {_SIGKILL, instance.spec.stop_signal or _SIGTERM}:
+                instance = self.store.save(instance._replace(stop_wanted=True))
+            self.engine.signal(instance, signal)
+        self.journal.write("kill", instance.id, instance.name, signal=signal)
+        return instance
+
+    def pause(self, reference: str) -> Instance:
+        """Stop all processes of an instance where they are."""
+        return self._freeze("pause", reference, True, Status.PAUSED)
+
+    def resume(self, reference: str) -> Instance:
+        """Let a paused instance go on."""
+        return self._freeze("resume", reference, False, Status.RUNNING)
+
+    def _freeze(self, verb: str, reference: str, frozen: bool, status: Status) -> Instance:
+        with self.store.locked(reference) as instance:
+            require(verb, instance.name, self.store.observe(instance))
+            self.engine.freeze(instance, frozen)
+            instance = self.store.save(instance._replace(status=status))
+        self.journal.write(verb, instance.id, instance.name)
+        return instance
+
+    def update(self, reference: str, limits: Mapping[str, Any], restart: Restart | None = None) -> Instance:
+        """Change members of Limits, and the restart policy, of an instance in any settled state."""
+        with self.store.locked(reference) as instance:
+            status = self.store.observe(instance)
+            require("update", instance.name, status)
+            wanted: Limits = instance.spec.limits._replace(**limits)
+            if status in LIVE:
+                self.engine.update(instance, wanted)
+            spec = instance.spec._replace(limits=wanted, restart=restart or instance.spec.restart)
+            instance = self.store.save(instance._replace(spec=spec))
+        self.journal.write("update", instance.id, instance.name)
+        return instance
+
+    def wait(self, reference: str) -> int:
+        """Wait until an instance is not alive (and not to be restarted); the exit status of its last run."""
+        id = self.store.resolve(reference)
+        code = -1
+        while True:
+            try:
+                instance = self.store.load(id)
+            except NotFound:
+                if code < 0:
+                    raise
+                return code  # removed by itself at its end
+            status = self.store.observe(instance)
+            if status in IDLE and instance.status not in LIVE:
+                return instance.exit_code
+            if status in LIVE:
+                record = exits.wait_for_record(self.store.home(id), 1.0)
+                code = record.code if record else code
+            else:
+                time.sleep(0.05)
+            self.settle(id)
+
+    def settle(self, id: str) -> None:
+        """Write down the end of a guest that has ended, unless someone did already."""
+        exits.settle(self, id)
+
+    # inside
+
+    def exec(self, reference: str, process: Process, detach: bool = False) -> int:
+        """Run a program in a living instance; its exit status, or with `detach` its pid."""
+        instance = self._allowed("exec", reference)
+        self.journal.write("exec", instance.id, instance.name, command=list(process.command))
+        return self.engine.exec(instance, self.store.home(instance.id), process, detach)
+
+    def copy_into(self, source: str, reference: str, target: str) -> None:
+        """Copy the host's `source` to the path `target` in an instance."""
+        self._copy(reference, source, target, True)
+
+    def copy_from(self, reference: str, source: str, target: str) -> None:
+        """Copy the path `source` in an instance to the host's `target`."""
+        self._copy(reference, source, target, False)
+
+    def _copy(self, reference: str, source: str, target: str, into: bool) -> None:
+        instance = self._allowed("cp", reference)
+        alive = self.store.observe(instance) in LIVE
+        self.engine.copy(instance, self.store.home(instance.id), alive, source, target, into)
+
+    # questions
+
+    def list(self) -> list[tuple[Instance, Status]]:
+        """Every instance with its present status, oldest first."""
+        return [(instance, self.store.observe(instance)) for instance in self.store.load_all()]
+
+    def get(self, reference: str) -> tuple[Instance, Status]:
+        """One instance with its present status."""
+        instance = self.store.load(self.store.resolve(reference))
+        return instance, self.store.observe(instance)
+
+    def stats(self, reference: str) -> Stats:
+        """What a living instance uses now."""
+        return self.engine.stats(self._allowed("stats", reference))
+
+    def processes(self, reference: str) -> Sequence[int]:
+        """The host's pids of all processes in an instance."""
+        return self.engine.processes(self._allowed("top", reference))
+
+    def logs(self, reference: str, **options: Any) -> Iterator[LogRecord]:
+        """What an instance has written; see ovt.engine.guest_log.read_log for `options`."""
+        from ovt.engine.guest_log import read_log
+
+        instance, _ = self.get(reference)
+        path = f"{self.store.home(instance.id)}/log"
+        return read_log(path, **options) if os.path.exists(path) else iter(())
+
+    def events(self, since: float = 0.0, until: float = 0.0, follow: bool = False) -> Iterator[dict[str, Any]]:
+        """What happened to instances; see ovt.journal."""
+        return self.journal.read(since, until, follow)
+
+    def _allowed(self, verb: str, reference: str) -> Instance:
+        instance, status = self.get(reference)
+        require(verb, instance.name, status)
+        return instance
+
+
+_FIRST = (
+    "amber bold brave bright brisk calm clear clever cool cosy crisp curious eager early fair fast fine fond fresh "
+    "gentle glad golden grand green happy honest keen kind light lively lucky mellow merry mild neat nimble noble "
+    "patient plain proud quick quiet ready rosy sharp silver smooth snug solid sturdy sunny swift tidy warm wise"
+)
+_SECOND = (
+    "acorn anchor apple arrow badger beacon birch bridge brook cedar cliff clover comet coral crane creek dune eagle "
+    "ember falcon fern finch forest fox garden grove harbor hazel heron hill island kestrel lake lantern maple "
+    "meadow moss oak otter owl peak pebble pine plum pond quartz raven reef river robin sparrow spring stone summit "
+    "thistle tulip valley willow wren"
+)
+
+
+def made_up_name() -> str:
+    """A name such as `quiet-otter`."""
+    first, second = _FIRST.split(), _SECOND.split()
+    number = int.from_bytes(os.urandom(4), "little")
+    return f"{first[number % len(first)]}-{second[number // len(first) % len(second)]}"

@@ -1,0 +1,75 @@
+"""create and run."""
+
+import posix
+
+from ovt.errors import OvtError, UsageError
+from ovt.runtime import Globals
+from ovt.runtime_verbs import number, value
+from ovt.runtime_verbs.verbs import runtime
+
+
+def _options(options: dict[str, list[str]]) -> dict:
+    keep = number(options, "preserve-fds") or 0
+    listen = posix.environ.get(b"LISTEN_FDS", b"")
+    if listen.isdigit():
+        keep += int(listen)
+    for fd in range(3, 3 + keep):
+        try:
+            posix.fstat(fd)
+        except OSError:
+            raise UsageError(f"--preserve-fds: file descriptor {fd} is not open") from None
+    return {
+        "console_socket": value(options, "console-socket") or None,
+        "keep_fds": keep,
+        "no_new_keyring": "no-new-keyring" in options,
+        "no_pivot": "no-pivot" in options,
+        "pid_file": value(options, "pid-file") or None,
+        "config_path": value(options, "config", "f"),
+        "listen_fds": int(listen) if listen.isdigit() else 0,
+        "notify_socket": posix.environ.get(b"NOTIFY_SOCKET", b"").decode("utf-8", "surrogateescape"),
+    }
+
+
+def _bundle(options: dict[str, list[str]]) -> str:
+    return value(options, "bundle", "b") or posix.getcwd()
+
+
+def create(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    runtime(globals_).create(words[0], _bundle(options), **_options(options))
+    return 0
+
+
+def run(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    engine = runtime(globals_)
+    detach = "detach" in options or "d" in options
+    wanted = _options(options)
+    from ovt.engine.container import config as configs
+
+    bundle = _bundle(options)
+    config = configs.load(bundle, wanted.pop("config_path"))
+    process = config.get("process")
+    terminal = isinstance(process, dict) and bool(process.get("terminal"))
+    foreground_terminal = terminal and not detach and not wanted["console_socket"]
+    if foreground_terminal:
+        wanted["want_terminal"] = True
+    container_id = words[0]
+    state, master = engine.create_terminal(container_id, bundle, config, **wanted)
+    pid = state.pid
+    try:
+        try:
+            engine.start(container_id)
+        except OvtError:
+            engine.delete(container_id, force=True)
+            raise
+        if detach:
+            return 0
+        from ovt.engine.container import foreground
+
+        status = foreground.wait(pid, master)
+    except BaseException:
+        if not detach and "keep" not in options:
+            engine.delete(container_id, force=True)
+        raise
+    if "keep" not in options:
+        engine.delete(container_id, force=True)
+    return status

@@ -1,0 +1,78 @@
+"""start, state, kill, delete, pause, resume."""
+
+import posix
+
+from ovt.engine.container.runtime import Runtime
+from ovt.errors import UsageError
+from ovt.kernel import jsonc
+from ovt.runtime import Globals
+
+_SIGNALS = (
+    "HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU URG "
+    "XCPU XFSZ VTALRM PROF WINCH IO PWR SYS"
+).split()
+
+
+def runtime(globals_: Globals) -> Runtime:
+    """The engine as the global options have it."""
+    return Runtime(globals_.root, globals_.cgroup_manager)
+
+
+def signal_number(text: str) -> int:
+    """`9`, `KILL`, `SIGKILL`, `RTMIN+3`; UsageError otherwise."""
+    if text.isdigit():
+        if not 0 < int(text) < 65:
+            raise UsageError(f"unknown signal {text!r}")
+        return int(text)
+    name = text.upper().removeprefix("SIG")
+    if name in _SIGNALS:
+        return _SIGNALS.index(name) + 1
+    aliases = {"IOT": 6, "POLL": 29, "CLD": 17}
+    if name in aliases:
+        return aliases[name]
+    for base, start, sign in (("RTMIN", 34, 1), ("RTMAX", 64, -1)):
+        offset = name.removeprefix(base).lstrip("+-") if name.startswith(base) else None
+        if offset is not None and (not offset or offset.isdigit()) and 34 <= start + sign * int(offset or 0) <= 64:
+            return start + sign * int(offset or 0)
+    raise UsageError(f"unknown signal {text!r}")
+
+
+def start(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    notify = posix.environ.get(b"NOTIFY_SOCKET")
+    engine = runtime(globals_)
+    if notify:
+        from ovt.engine.container import notify as notify_
+
+        with notify_.Proxy(engine.root, words[0], notify.decode()) as proxy:
+            engine.start(words[0])
+            proxy.wait_ready()
+        return 0
+    engine.start(words[0])
+    return 0
+
+
+def state(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    text = jsonc.dumps(runtime(globals_).state(words[0]), 2)
+    posix.write(1, f"{text}\n".encode())
+    return 0
+
+
+def kill(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    text = (options.get("signal") or options.get("s") or words[1:] or ["TERM"])[-1]
+    runtime(globals_).kill(words[0], signal_number(text), everything="all" in options or "a" in options)
+    return 0
+
+
+def delete(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    runtime(globals_).delete(words[0], force="force" in options or "f" in options)
+    return 0
+
+
+def pause(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    runtime(globals_).pause(words[0])
+    return 0
+
+
+def resume(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    runtime(globals_).resume(words[0])
+    return 0

@@ -1,0 +1,1 @@
+"""Power policies as a library of its own; never imports ovt."""

@@ -1,0 +1,76 @@
+"""Builds the two small C programs of ovt into ovt/_bin, each only when something it is made of is newer.
+
+Run by scripts/setup, and by setup.py for wheels and editable installs. It needs a C compiler and nothing else; the
+compiler is $CC, or `cc`.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+HARDENING = ["-Wl,-z,noexecstack", "-Wl,--build-id=none"]
+
+# ovt-init has no libc under it: no start files, no stack protector, no unwind tables.
+FREESTANDING = [
+    *["-static", "-nostdlib", "-nostartfiles", "-ffreestanding", "-fno-pie", "-no-pie", "-Os", "-fomit-frame-pointer"],
+    *["-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-builtin", "-fcf-protection=none"],
+    *["-Wl,-z,norelro", "-Wl,--gc-sections", "-s"],
+]
+HOSTED = ["-static", "-O2", "-s"]
+PROGRAMS = {
+    "ovt-init": ("ovt/engine/container/init.c", FREESTANDING),
+    "ovt-supervisor": ("ovt/engine/supervisor.c", HOSTED),
+}
+
+
+def compiler() -> list[str]:
+    words = shlex.split(os.environ.get("CC", "cc"))
+    if not shutil.which(words[0]):
+        sys.exit(f"ovt: no C compiler `{words[0]}`\n  try: apt-get install --no-install-recommends gcc libc6-dev")
+    return words
+
+
+def flags_here(cc: list[str], flags: list[str]) -> list[str]:
+    """The flags without those of another architecture: -fcf-protection exists on x86 alone."""
+    machine = subprocess.run([*cc, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    return [f for f in flags if machine.startswith(("x86_64", "i686")) or not f.startswith("-fcf-protection")]
+
+
+def build(root: Path = ROOT) -> list[Path]:
+    """Compile what is stale below `root` and return the programs made; a failure ends the process with one line."""
+    made = []
+    missing = []
+    for name, (source_name, flags) in PROGRAMS.items():
+        source, target = root / source_name, root / "ovt/_bin" / name
+        if not source.exists():
+            missing.append(source_name)
+            continue
+        newest = max(source.stat().st_mtime, Path(__file__).stat().st_mtime)
+        if target.exists() and target.stat().st_mtime >= newest:
+            continue
+        target.parent.mkdir(exist_ok=True)
+        # A name of its own and a rename: the old program may be running, and two builds may meet.
+        fresh = target.with_name(f".{name}.{os.getpid()}")
+        cc = compiler()
+        command = [*cc, *flags_here(cc, flags), *WARNINGS, *HARDENING, "-o", str(fresh), str(source)]
+        try:
+            if subprocess.run(command).returncode:
+                sys.exit(f"ovt: cannot compile {source_name}\n  the command was: {shlex.join(command)}")
+            fresh.chmod(0o755)
+            fresh.rename(target)
+        finally:
+            fresh.unlink(missing_ok=True)
+        made.append(target)
+    if missing:
+        sys.exit(f"ovt: the source tree is not complete, missing: {' '.join(missing)}")
+    return made
+
+
+if __name__ == "__main__":
+    for program in build():
+        print(f"built {program.relative_to(ROOT)}")
