@@ -12,6 +12,8 @@
 A class stands here only where a caller acts differently on it. Import-light: the OCI runtime loads this on every call.
 """
 
+from posix import strerror
+
 
 class OvtError(Exception):
     """Something ovt was asked to do failed; `str()` is one line without a trailing full stop."""
@@ -64,3 +66,9 @@ class PayloadError(OvtError):
     def __init__(self, message: str, exit_status: int, hint: str = "") -> None:
         super().__init__(message, hint)
         self.exit_status = exit_status
+
+
+def refused(what: str, error: OSError, hint: str = "") -> HostError:
+    """`what` failed for the reason the kernel gave in `error`."""
+    errno = error.errno or 0
+    return HostError(f"{what}: {strerror(errno).lower()}", errno, hint)

@@ -26,7 +26,7 @@ _HEALTHY = 10.0  # seconds a run must last for the restart delay to begin at its
 
 def command(data: str, run: str, id: str) -> list[str]:
     """The argv that the supervisor executes at the guest's end."""
-    return [os.path.abspath(sys.executable), "-S", "-m", "ovt.exits", data, run, id]
+    return [os.path.abspath(sys.executable), "-P", "-S", "-m", "ovt.exits", data, run, id]  # -P: never from the cwd
 
 
 def env() -> dict[str, str]:
@@ -59,6 +59,9 @@ def settle(host: Host, id: str, restart: bool = False) -> Instance | None:
             if instance.status not in LIVE or host.store.observe(instance) in LIVE:
                 return None
             home = host.store.home(id)
+            policy = instance.spec.restart.policy != "no" and not instance.stop_wanted
+            if policy and not restart and supervised.alive(home):
+                return None  # the exit command is on its way and decides on the next start
             record = supervised.exit_record(home)
             code = record.code if record else UNKNOWN_EXIT
             host.engine.cleanup(instance, home)

@@ -27,7 +27,7 @@ from ovt.store import Store
 
 if TYPE_CHECKING:
     from ovt.engine.attach import Detached
-    from ovt.engine.base import Engine, Process, Stats
+    from ovt.engine.base import Engine, Leftover, Process, Stats
     from ovt.engine.guest_log import LogRecord
 
 _SIGKILL, _SIGTERM = 9, 15
@@ -394,8 +394,8 @@ class Host:
         """What a living instance uses now."""
         return self.engine.stats(self._allowed("stats", reference))
 
-    def processes(self, reference: str) -> Sequence[int]:
-        """The host's pids of all processes in an instance."""
+    def processes(self, reference: str) -> Sequence[dict[str, Any]]:
+        """All processes in an instance; see Engine.processes."""
         return self.engine.processes(self._allowed("top", reference))
 
     def logs(self, reference: str, **options: Any) -> Iterator[LogRecord]:
@@ -409,6 +409,12 @@ class Host:
     def events(self, since: float = 0.0, until: float = 0.0, follow: bool = False) -> Iterator[dict[str, Any]]:
         """What happened to instances; see ovt.journal."""
         return self.journal.read(since, until, follow)
+
+    def leftovers(self, fix: bool = False) -> Sequence[Leftover]:
+        """What killed commands have left; with `fix` it is finished or taken away."""
+        from ovt import leftovers
+
+        return leftovers.find(self, fix)
 
     def _allowed(self, verb: str, reference: str) -> Instance:
         instance, status = self.get(reference)

@@ -5,11 +5,17 @@ result goes to stdout; an error is one line on stderr, or one JSON object in --l
 and imports what it needs; there is no option parser, because building one costs more than most verbs do.
 """
 
+from __future__ import annotations
+
 import posix
 import sys
 
 from ovt import __version__
 from ovt.errors import OvtError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # verb: (module below ovt.runtime_verbs, function, flags with a value, flags without, help)
 _SPEC_VERSION = "1.3.0"
@@ -33,7 +39,9 @@ _GLOBAL_VALUES = frozenset({"root", "log", "log-format", "cgroup-manager", "root
 _GLOBAL_SWITCHES = frozenset({"debug", "systemd-cgroup", "help", "h", "version", "v"})
 
 
-def split(args: list[str], values: frozenset[str], switches: frozenset[str], rest: bool = False) -> tuple[dict, list[str]]:
+def split(
+    args: list[str], values: frozenset[str], switches: frozenset[str], rest: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """Separate options from words: `--name value`, `--name=value`, one or two dashes; a switch may have =true/false.
 
     With `rest`, everything from the second word on is left alone (the command of `exec`). Values collect in lists.
@@ -118,9 +126,7 @@ def _dispatch(args: list[str], globals_: Globals) -> int:
 
 
 def _print_version() -> None:
-    posix.write(
-        1, f"ovt-runtime version {__version__}\ncommit: v{__version__}\nspec: {_SPEC_VERSION}\n".encode()
-    )
+    posix.write(1, f"ovt-runtime version {__version__}\ncommit: v{__version__}\nspec: {_SPEC_VERSION}\n".encode())
 
 
 def _keep_stdio_open() -> None:
@@ -139,7 +145,7 @@ def _complain(globals_: Globals, message: str) -> None:
         try:
             _write_log(globals_, line)
         except OSError as error:
-            line += f" (and cannot write {globals_.log}: {posix.strerror(error.errno)})"
+            line += f" (and cannot write {globals_.log}: {posix.strerror(error.errno or 0)})"
     try:
         posix.write(2, f"ovt-runtime: {line}\n".encode("utf-8", "surrogateescape"))
     except OSError:

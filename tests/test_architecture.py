@@ -22,11 +22,14 @@ MAY_IMPORT = {
     "kernel": set(),
     "model": set(),
     "store": {"model", "kernel"},
+    "journal": {"model", "kernel"},
+    "exits": {"host", "model", "store", "journal", "engine", "kernel"},  # the other half of host, after a guest's end
+    "leftovers": {"host", "model", "store", "engine"},  # another half of host: what killed commands have left
     "image": {"model", "kernel"},
     "network": {"model", "kernel"},
     "engine": {"model", "kernel", "image", "network"},
     "runtime": {"engine", "kernel"},
-    "host": {"model", "store", "engine", "image", "network", "kernel"},
+    "host": {"model", "store", "journal", "exits", "leftovers", "engine", "image", "network", "kernel"},
     "cli": {"host", "model", "store", "engine", "image", "network"},
 }
 
@@ -34,7 +37,7 @@ MAY_IMPORT = {
 # that those load in turn is hot: what a hot module imports when it is loaded is budgeted. Anything else is imported
 # inside the function that needs it.
 HOT_BUDGET = {
-    *("posix", "sys", "time", "errno", "fcntl", "select", "gc", "marshal", "__future__"),
+    *("posix", "sys", "builtins", "time", "errno", "fcntl", "select", "gc", "marshal", "__future__"),
     *("_ctypes", "_json", "_socket", "_struct", "_signal", "_posixsubprocess", "_imp", "_blake2"),
 }
 

@@ -74,6 +74,7 @@ def attach(
     with guest, ExitStack() as stack:
         guest.setblocking(False)
         session = _Session(guest, stdin if takes_input else None, stdout, stderr)
+        session.wakeup = stack.enter_context(_wakeup())
         if tty:
             session.resize()
             stack.enter_context(_handlers((signal.SIGWINCH,), lambda _: session.resize()))
@@ -112,6 +113,7 @@ class _Session:
         self.stderr = stderr
         self.terminals = [fd for fd in (stdout, stdin, stderr) if fd is not None and os.isatty(fd)]
         self.keys = b""
+        self.wakeup = -1
         self._typed = 0
         self._unsent: list[bytes] = []
 
@@ -122,8 +124,12 @@ class _Session:
             poll.register(self.guest, select.POLLIN | (select.POLLOUT if self._unsent else 0))
             if self.stdin is not None and not self._unsent:
                 poll.register(self.stdin, select.POLLIN)
+            if self.wakeup >= 0:
+                poll.register(self.wakeup, select.POLLIN)
             for fd, _ in poll.poll():
-                if fd == self.stdin:
+                if fd == self.wakeup:
+                    os.read(fd, PACKET)  # the handlers themselves have run by now
+                elif fd == self.stdin:
                     if not self._read_stdin(fd):
                         self._send()  # what was typed before the keys
                         return DETACHED
@@ -229,12 +235,32 @@ def _takes_no_more(directory: str) -> bool:
     return os.path.lexists(os.path.join(directory, SOCKET)) and connect(directory, 0) is None
 
 
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def _wakeup() -> Iterator[int]:
+    """A descriptor that becomes readable with every signal: one that comes just before poll() must not wait in it."""
+    if not _in_main_thread():
+        yield -1
+        return
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield read
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(read)
+        os.close(write)
+
+
 @contextmanager
 def _handlers(numbers: tuple[signal.Signals, ...], call: Callable[[int], None]) -> Iterator[None]:
     """Call `call` for these signals; nothing outside the main thread, where Python allows no handlers."""
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield
         return
     before = {number: signal.signal(number, lambda received, _: call(received)) for number in numbers}

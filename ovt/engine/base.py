@@ -7,6 +7,7 @@ beside the store's own. Everything raises OvtError with the reason alone; the ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from ovt.model import Instance, Kind, Limits, Spec, Status
@@ -96,8 +97,9 @@ class Engine(Protocol):
         With `detach` it has no streams, is not waited for, and the answer is its pid.
         """
 
-    def processes(self, instance: Instance) -> list[int]:
-        """The pids, seen from here, of all processes in the guest."""
+    def processes(self, instance: Instance) -> list[dict[str, Any]]:
+        """All processes in the guest: `pid` inside, `host_pid`, `host_uid`, `state` as in proc(5), `cpu_seconds`,
+        `memory` in bytes, `command`."""
 
     def stats(self, instance: Instance) -> Stats:
         """What the guest uses now."""
@@ -117,5 +119,8 @@ class Engine(Protocol):
     def destroy(self, instance: Instance, home: str) -> None:
         """Remove the engine's files in `home`; only after `cleanup`."""
 
-    def leftovers(self, known: set[str], remove: bool = False) -> list[Leftover]:
-        """Run-time state whose instance is not in `known` (ids); with `remove` it is taken away."""
+    def leftovers(self, owned: Callable[[str], bool], remove: bool = False) -> list[Leftover]:
+        """Run-time state of ids that no instance has (`owned` says which); with `remove` it is taken away.
+
+        `owned` is asked after the state was seen: an instance that comes into being meanwhile keeps its own.
+        """

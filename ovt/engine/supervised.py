@@ -90,11 +90,15 @@ def exit_record(directory: str) -> ExitRecord | None:
     return ExitRecord(record["pid"], record["code"], record.get("signal"), record["finished"])
 
 
-def connect(directory: str, flags: int) -> tuple[socket, int] | None:
-    """A greeted connection to the supervisor and the flags of its answer; None when it takes no (more) clients."""
+def connect(directory: str, flags: int, timeout: float | None = None) -> tuple[socket, int] | None:
+    """A greeted connection to the supervisor and the flags of its answer; None when it takes no (more) clients.
+
+    TimeoutError when it does not answer within `timeout` seconds, which then holds for the connection as well.
+    """
     import socket
 
     client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.settimeout(timeout)
     try:
         # sun_path holds 107 characters, instance directories may be longer
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
@@ -132,14 +136,17 @@ def wait(directory: str, timeout: float | None = None) -> ExitRecord:
                 f"the supervisor in {directory} was killed: the exit status of its guest is unknown",
                 "stop what is left of the guest with `ovt kill`, then start it again",
             )
-        if deadline is not None and time.monotonic() >= deadline:
-            raise TimeoutError(f"the guest in {directory} did not end within {timeout:g} seconds")
-        connection = connect(directory, QUIET)
-        if connection:
-            with connection[0] as client:
-                client.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0.001))
-                try:
+        left = None if deadline is None else deadline - time.monotonic()
+        try:
+            if left is not None and left <= 0:
+                raise TimeoutError
+            connection = connect(directory, QUIET, left)
+            if connection:
+                with connection[0] as client:
                     client.recv(PACKET + 1)  # the exit or the end of the connection: look again in both cases
-                except (TimeoutError, ConnectionError):
-                    continue
-        time.sleep(POLL)
+                continue
+        except TimeoutError:
+            raise TimeoutError(f"the guest in {directory} did not end within {timeout:g} seconds") from None
+        except ConnectionError:
+            pass
+        time.sleep(POLL)  # starting, ending, or serving as many clients as it can

@@ -446,14 +446,17 @@ static void finish(char **command) {
     char packet[2] = { 'X', exit_code() };
     int recorded = exit_record(&when);
     broadcast(packet, 2);
+    unlinkat(directory, "attach.sock", 0);
+    close(listener);
     for (int i = 0; i < EXIT_RETRIES && !recorded; i++) {
         poll(NULL, 0, EXIT_RETRY_MS);
         recorded = exit_record(&when);
     }
-    unlinkat(directory, "attach.sock", 0);
     /* the exit command must not wait for a pager, nor the pager's reader lose the end */
     if (unserved()) {
         pid_t pid = fork();
+        if (pid == 0)
+            for (int i = 0; i < 2; i++) close(outputs[i].fd);
         if (pid <= 0) linger();
         if (pid == 0) _exit(0);
     }

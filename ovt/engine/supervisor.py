@@ -36,6 +36,7 @@ from ovt.engine.supervised import (
     start_time,
     wait,
 )
+from ovt.kernel.syscalls import prctl
 
 if TYPE_CHECKING:
     from socket import socket
@@ -47,6 +48,7 @@ __all__ = [
 
 PROGRAM = os.path.join(os.path.dirname(os.path.dirname(__file__)), "_bin", "ovt-supervisor")
 SUN_PATH = 107
+PR_SET_CHILD_SUBREAPER = 36
 CONSOLE_TIMEOUT = 10.0
 
 
@@ -200,6 +202,7 @@ def _fork_twice(body: Callable[[int, set[int]], NoReturn]) -> bytes:
             child = os.fork()
             if child == 0:
                 try:
+                    answers.close()  # a report must fail when the caller is gone
                     if os.fork() == 0:
                         body(report, mask)
                 finally:
@@ -232,6 +235,8 @@ def _become_supervisor(
             signal.signal(number, signal.SIG_DFL)  # the guest inherits these; Python's own SIGPIPE is ignored
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         directory = stdio_options[0]
+        # ovt-supervisor does so too, but the guest's orphans may be there before it
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
         stdio = Stdio(*stdio_options)
         guest = make_child(stdio)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # the caller may be gone when we report

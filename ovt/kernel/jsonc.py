@@ -6,8 +6,6 @@ Stricter than `json` where a runtime must not guess: NaN, numbers beyond a doubl
 are not UTF-8 are refused; every fault of the input is a ValueError of one line. Only a syntax error imports `json`.
 """
 
-from __future__ import annotations
-
 import posix
 from _json import encode_basestring_ascii, make_encoder, make_scanner
 
@@ -21,7 +19,7 @@ _WHITESPACE = " \t\n\r"
 _TOO_DEEP = "the values are nested too deeply"
 
 
-def loads(text: str) -> Any:
+def loads(text: str) -> "Any":
     """The value of a JSON document; a duplicate key keeps its last value.
 
     Raises ValueError `line 3, column 7: reason`, counted from 1, or the reason alone where it has no one place.
@@ -57,7 +55,7 @@ def dumps(value: object, indent: int = 0) -> str:
         raise ValueError(_TOO_DEEP) from None
 
 
-def load_bytes(data: bytes) -> Any:
+def load_bytes(data: bytes) -> "Any":
     """The value of a JSON document in UTF-8, with or without a byte order mark. Raises ValueError."""
     try:
         text = data.decode()
@@ -66,7 +64,7 @@ def load_bytes(data: bytes) -> Any:
     return loads(text.removeprefix("\ufeff"))
 
 
-def load_file(path: str, limit: int = DEFAULT_LIMIT) -> Any:
+def load_file(path: str, limit: int = DEFAULT_LIMIT) -> "Any":
     """The value of the JSON file at `path`, at most `limit` bytes long.
 
     Raises OSError when it cannot be read, ValueError `PATH: reason` when it is too long or not JSON.
@@ -101,7 +99,7 @@ def read_fd(fd: int, limit: int = DEFAULT_LIMIT) -> bytes:
     raise ValueError(f"it is longer than {limit} bytes")
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> "NoReturn":
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -130,11 +128,11 @@ class _Context:
     parse_constant = staticmethod(_refuse_constant)
 
 
-_context: Any = _Context()
+_context: "Any" = _Context()
 _scan = make_scanner(_context)
 
 
-def _scan_document(text: str, start: int) -> tuple[Any, int]:
+def _scan_document(text: str, start: int) -> "tuple[Any, int]":
     try:
         return _scan(text, start)
     except SystemError:
@@ -144,19 +142,19 @@ def _scan_document(text: str, start: int) -> tuple[Any, int]:
         return _scan(text, start)
 
 
-def _refuse_type(value: object) -> NoReturn:
+def _refuse_type(value: object) -> "NoReturn":
     raise TypeError(f"JSON has no {type(value).__name__}")
 
 
 _encode = make_encoder(None, _refuse_type, encode_basestring_ascii, None, ": ", ", ", False, False, False)
 
 
-def _reason(error: ValueError) -> str:
+def _reason(error: "ValueError") -> str:
     message = str(getattr(error, "msg", error))
     return message[:1].lower() + message[1:].removesuffix(" at").removesuffix(" starting")
 
 
-def _error(text: str, position: int, reason: str) -> ValueError:
+def _error(text: str, position: int, reason: str) -> "ValueError":
     line = text.count("\n", 0, position) + 1
     column = position - text.rfind("\n", 0, position)
     return ValueError(f"line {line}, column {column}: {reason}")

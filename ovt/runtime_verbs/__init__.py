@@ -8,6 +8,7 @@ from ovt.runtime import Globals, split
 
 # verb: (module, flags with a value, switches, "the rest is a command", least words, most words, usage, help)
 _NO: frozenset[str] = frozenset()
+_FUNCTIONS = {"exec": "exec_", "list": "list_"}  # names that Python has taken
 VERBS: dict[str, tuple[str, frozenset[str], frozenset[str], bool, int, int, str, str]] = {
     "create": (
         "making",
@@ -31,8 +32,26 @@ VERBS: dict[str, tuple[str, frozenset[str], frozenset[str], bool, int, int, str,
     ),
     "start": ("verbs", _NO, _NO, False, 1, 1, "CONTAINER", "run the program of a created container"),
     "state": ("verbs", _NO, _NO, False, 1, 1, "CONTAINER", "print the state as JSON"),
-    "kill": ("verbs", frozenset({"signal", "s", "regex"}), frozenset({"all", "a"}), False, 1, 2, "[--all] CONTAINER [SIGNAL]", "send a signal"),
-    "delete": ("verbs", _NO, frozenset({"force", "f", "regex"}), False, 1, 1, "[--force] CONTAINER", "remove a container"),
+    "kill": (
+        "verbs",
+        frozenset({"signal", "s", "regex"}),
+        frozenset({"all", "a"}),
+        False,
+        1,
+        2,
+        "[--all] CONTAINER [SIGNAL]",
+        "send a signal",
+    ),
+    "delete": (
+        "verbs",
+        _NO,
+        frozenset({"force", "f", "regex"}),
+        False,
+        1,
+        1,
+        "[--force] CONTAINER",
+        "remove a container",
+    ),
     "pause": ("verbs", _NO, _NO, False, 1, 1, "CONTAINER", "freeze all processes"),
     "resume": ("verbs", _NO, _NO, False, 1, 1, "CONTAINER", "thaw all processes"),
     "exec": (
@@ -66,8 +85,26 @@ VERBS: dict[str, tuple[str, frozenset[str], frozenset[str], bool, int, int, str,
         "[flags] CONTAINER [COMMAND …]",
         "run another process in a container",
     ),
-    "list": ("queries", frozenset({"format", "f"}), frozenset({"quiet", "q"}), False, 0, 0, "[--format table|json] [--quiet]", "list containers"),
-    "ps": ("queries", frozenset({"format", "f"}), _NO, True, 1, 1 << 30, "[--format table|json] CONTAINER [ps options]", "list processes"),
+    "list": (
+        "queries",
+        frozenset({"format", "f"}),
+        frozenset({"quiet", "q"}),
+        False,
+        0,
+        0,
+        "[--format table|json] [--quiet]",
+        "list containers",
+    ),
+    "ps": (
+        "queries",
+        frozenset({"format", "f"}),
+        _NO,
+        True,
+        1,
+        1 << 30,
+        "[--format table|json] CONTAINER [ps options]",
+        "list processes",
+    ),
     "update": (
         "updating",
         frozenset(
@@ -102,8 +139,26 @@ VERBS: dict[str, tuple[str, frozenset[str], frozenset[str], bool, int, int, str,
         "[flags] CONTAINER",
         "change limits; --resources - reads them from stdin",
     ),
-    "events": ("queries", frozenset({"interval"}), frozenset({"stats"}), False, 1, 1, "[--stats] [--interval 5s] CONTAINER", "print events or statistics as JSON lines"),
-    "spec": ("queries", frozenset({"bundle", "b", "config", "f"}), frozenset({"rootless"}), False, 0, 0, "[--rootless] [--bundle DIR]", "write a config.json to start from"),
+    "events": (
+        "queries",
+        frozenset({"interval"}),
+        frozenset({"stats"}),
+        False,
+        1,
+        1,
+        "[--stats] [--interval 5s] CONTAINER",
+        "print events or statistics as JSON lines",
+    ),
+    "spec": (
+        "queries",
+        frozenset({"bundle", "b", "config", "f"}),
+        frozenset({"rootless"}),
+        False,
+        0,
+        0,
+        "[--rootless] [--bundle DIR]",
+        "write a config.json to start from",
+    ),
     "features": ("queries", _NO, _NO, False, 0, 0, "", "print what this runtime supports as JSON"),
     "checkpoint": (
         "checkpointing",
@@ -191,15 +246,15 @@ def run(verb: str, args: list[str], globals_: Globals) -> int:
         raise UsageError(f"unknown command {verb}", f"commands: {' '.join(VERBS)}")
     module_name, values, switches, rest, least, most, usage, _ = entry
     options, words = split(args, values, switches | {"help", "h"}, rest)
-    if "help" in options or "h" in options and "h" not in values:
+    if "help" in options or ("h" in options and "h" not in values):
         from ovt.runtime_verbs import help_text
 
         help_text.show(verb)
         return 0
     if not least <= len(words) <= most:
         raise UsageError(f"usage: ovt-runtime {verb} {usage}")
-    module = __import__(f"ovt.runtime_verbs.{module_name}", None, None, [verb])
-    status: int = getattr(module, verb if verb != "exec" else "exec_")(globals_, options, words)
+    module = __import__(f"ovt.runtime_verbs.{module_name}", None, None, [""])
+    status: int = getattr(module, _FUNCTIONS.get(verb, verb))(globals_, options, words)
     return status
 
 

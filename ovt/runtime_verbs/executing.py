@@ -1,12 +1,16 @@
 """exec."""
 
-import posix
+from __future__ import annotations
 
 from ovt.engine.container.state import State
 from ovt.errors import OvtError, UsageError
 from ovt.runtime import Globals
 from ovt.runtime_verbs import number, value
 from ovt.runtime_verbs.verbs import runtime
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _MAX_ID = 2**32 - 1
 
@@ -41,7 +45,7 @@ def exec_(globals_: Globals, options: dict[str, list[str]], words: list[str]) ->
     return foreground.wait(pid, master)
 
 
-def _process(root: str, container_id: str, options: dict[str, list[str]], command: list[str]) -> dict:
+def _process(root: str, container_id: str, options: dict[str, list[str]], command: list[str]) -> dict[str, Any]:
     """The OCI process: from --process, or the container's own changed by the flags."""
     path = value(options, "process", "p")
     if path:
@@ -80,7 +84,7 @@ def _process(root: str, container_id: str, options: dict[str, list[str]], comman
     return process
 
 
-def _user(text: str) -> dict:
+def _user(text: str) -> dict[str, Any]:
     uid, colon, gid = text.partition(":")
     out = {"uid": _id(uid)}
     if colon:
@@ -93,6 +97,3 @@ def _id(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > _MAX_ID:
         raise UsageError(f"{text!r} is not a numeric user or group id", "write --user UID[:GID]")
     return int(text)
-
-
-__all__ = ["exec_", "posix"]

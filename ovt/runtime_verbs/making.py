@@ -1,5 +1,7 @@
 """create and run."""
 
+from __future__ import annotations
+
 import posix
 
 from ovt.errors import OvtError, UsageError
@@ -7,8 +9,12 @@ from ovt.runtime import Globals
 from ovt.runtime_verbs import number, value
 from ovt.runtime_verbs.verbs import runtime
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def _options(options: dict[str, list[str]]) -> dict:
+
+def _options(options: dict[str, list[str]]) -> dict[str, Any]:
     keep = number(options, "preserve-fds") or 0
     listen = posix.environ.get(b"LISTEN_FDS", b"")
     if listen.isdigit():

@@ -15,7 +15,7 @@ def _print(text: str) -> None:
         raw = raw[posix.write(1, raw) :]
 
 
-def list(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]") -> int:  # type: ignore[valid-type]
+def list_(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
     entries = runtime(globals_).list()
     if "quiet" in options or "q" in options:
         for entry in entries:
@@ -25,11 +25,9 @@ def list(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]")
     if form == "json":
         _print(jsonc.dumps(entries))
     elif form == "table":
-        rows = [("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")]
+        rows: list[tuple[str, ...]] = [("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")]
         for entry in entries:
-            rows.append(
-                tuple(str(entry.get(key, "")) for key in ("id", "pid", "status", "bundle", "created", "owner"))  # type: ignore[arg-type]
-            )
+            rows.append(tuple(str(entry.get(key, "")) for key in ("id", "pid", "status", "bundle", "created", "owner")))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         for row in rows:
             _print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -38,7 +36,7 @@ def list(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]")
     return 0
 
 
-def ps(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]") -> int:
+def ps(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
     pids = runtime(globals_).pids(words[0])
     arguments = words[1:]
     form = value(options, "format", "f") or "table"
@@ -56,7 +54,7 @@ def ps(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]") -
     return 0
 
 
-def _table(pids: "list[int]", arguments: "list[str]") -> "list[str]":
+def _table(pids: list[int], arguments: list[str]) -> list[str]:
     """ps(1)'s own table, the rows of the container kept."""
     read, write = posix.pipe2(posix.O_CLOEXEC)
     path = next((p for p in ("/usr/bin/ps", "/bin/ps") if _exists(p)), None)
@@ -89,7 +87,7 @@ def _exists(path: str) -> bool:
     return True
 
 
-def events(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]") -> int:
+def events(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
     engine = runtime(globals_)
     container_id = words[0]
     if "stats" in options:
@@ -115,7 +113,7 @@ def _seconds(text: str) -> float:
     raise UsageError(f"--interval: {text!r} is not a duration", "write 500ms, 5s or 1m")
 
 
-def spec(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]") -> int:
+def spec(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
     from ovt.engine.container import spec as specs
 
     path = value(options, "config", "f") or f"{value(options, 'bundle', 'b') or '.'}/config.json"
@@ -131,7 +129,7 @@ def spec(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]")
     return 0
 
 
-def features(globals_: Globals, options: dict[str, "list[str]"], words: "list[str]") -> int:
+def features(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
     from ovt.engine.container import features as features_
 
     _print(jsonc.dumps(features_.features(), 4))

@@ -14,7 +14,7 @@ CASES = {
     "run": machines.run,
     "life": machines.life,
     "exec": machines.execute,
-    "library": library.library,
+    "library": library.batches,
     "ps": people.ps,
     "memory": people.memory,
 }

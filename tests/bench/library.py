@@ -12,7 +12,7 @@ from tests.bench.measure import Failed, Sample, command, interleaved, table, tot
 BATCH = 10
 
 
-def library(rounds: int, place: Path) -> str:
+def batches(rounds: int, place: Path) -> str:
     """`rounds` batches of ten containers each way; per container: state written, cgroup made, waited for, deleted."""
     bundle = stage.make_bundle(place / "library", "/bin/true")
     engine = Runtime(root=str(place / "library-root"))

@@ -18,10 +18,13 @@ OVT = stage.ROOT / ".venv/bin/ovt"
 INSTANCES, GOAL = 1000, 150
 
 
+def roots(place: Path, name: str) -> list[str]:
+    return ["--data-root", f"{place}/{name}", "--run-root", f"{place}/{name}-run"]
+
+
 def ps(rounds: int, place: Path) -> str:
     """Every second of the thousand has a living process, so the listing must look each of them up."""
-    data = place / "data"
-    store = Store(str(data))
+    store = Store(f"{place}/thousand")
     me, since = os.getpid(), procfs.start_time(os.getpid())
     for number in range(INSTANCES):
         spec = Spec(image="busybox", command=("sleep", "100"), env=("A=1", "B=2"))
@@ -31,7 +34,8 @@ def ps(rounds: int, place: Path) -> str:
             with store.locked(instance.id) as fresh_record:
                 store.save(fresh_record._replace(status=Status.RUNNING, pid=me, start_time=since, started=time.time()))
     output = place / "ps.out"
-    times = [command(OVT, "--root", data, "ps", "--all", output=str(output)).wall for _ in range(rounds + 1)][1:]
+    words = [OVT, *roots(place, "thousand"), "ps", "--all"]
+    times = [command(*words, output=str(output)).wall for _ in range(rounds + 1)][1:]
     listed = sum(f"bench{number}" in output.read_text() for number in (0, 1, INSTANCES - 1))
     if listed != 3 or len(output.read_text().splitlines()) < INSTANCES:
         raise Failed(f"ovt ps did not list the instances: {output.read_text()[:500]}")
@@ -86,14 +90,14 @@ def conmon_memory(count: int, place: Path) -> float:
 
 
 def ovt_memory(count: int, place: Path) -> float:
-    data = place / "data-memory"
+    where = roots(place, "detached")
     names = [f"bench-{number}" for number in range(count)]
     for name in names:
-        command(OVT, "--root", data, "run", "--detach", "--name", name, "busybox", "sleep", "10000")
+        command(OVT, *where, "run", "--detach", "--name", name, "busybox", "sleep", "10000")
     time.sleep(0.5)
     sizes = [pss(pid) for pid in named("ovt-supervisor")]
     for name in names:
-        command(OVT, "--root", data, "delete", "--force", name)
+        command(OVT, *where, "delete", "--force", name)
     if len(sizes) != count:
         raise Failed(f"{len(sizes)} supervisors for {count} containers")
     return median(sizes)

@@ -5,6 +5,8 @@ host's root until `Rootfs.finish`, after which it only sends its report and ends
 SOCK_SEQPACKET channel: JSON messages, the terminal's descriptors riding along with the last one.
 """
 
+from __future__ import annotations
+
 import fcntl
 import posix
 from _socket import (
@@ -28,6 +30,10 @@ from ovt.kernel import syscalls as sc
 from . import console, devices, hooks, paths
 from .rootfs import Rootfs
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _PR_SET_PDEATHSIG = 1
 _SIGKILL = 9
 _LIMIT = 128 << 10
@@ -40,16 +46,16 @@ class Job:
 
     __slots__ = ("rootfs", "config", "init_pid", "join", "new", "cgroup", "pivot", "state", "map_root")
 
-    def __init__(self, rootfs: Rootfs | None, config: dict, init_pid: int, join: int, new: int) -> None:
+    def __init__(self, rootfs: Rootfs | None, config: dict[str, Any], init_pid: int, join: int, new: int) -> None:
         self.rootfs = rootfs
         self.config = config
         self.init_pid = init_pid
         self.join = join  # CLONE_NEW* of the namespaces to join
         self.new = new  # those that were made for this container
-        self.cgroup: dict | None = None
+        self.cgroup: dict[str, Any] | None = None
         self.pivot = True
         self.map_root = False  # become uid 0 of a user namespace
-        self.state: dict = {}
+        self.state: dict[str, Any] = {}
 
 
 class Built:
@@ -57,7 +63,7 @@ class Built:
 
     __slots__ = ("program", "home", "master", "slave")
 
-    def __init__(self, message: dict, fds: list[int]) -> None:
+    def __init__(self, message: dict[str, Any], fds: list[int]) -> None:
         self.program: str = message["program"]
         self.home: str = message["home"]
         self.master, self.slave = fds if fds else (-1, -1)
@@ -78,7 +84,7 @@ class Builder:
                 posix._exit(1)
         theirs.close()
 
-    def receive(self) -> tuple[dict, list[int]]:
+    def receive(self) -> tuple[dict[str, Any], list[int]]:
         """The next message; the builder's failure is raised as its own error."""
         data, ancillary, _, _ = self._channel.recvmsg(_LIMIT, 64)
         fds: list[int] = []
@@ -89,7 +95,7 @@ class Builder:
             status = posix.waitstatus_to_exitcode(posix.waitpid(self.pid, 0)[1])
             self.pid = 0
             raise HostError(f"the builder of the container ended unexpectedly ({status})", hint="out of memory?")
-        message: dict = jsonc.loads(data.decode())
+        message: dict[str, Any] = jsonc.loads(data.decode())
         if "error" in message:
             self.reap()
             if message.get("exit_status"):
@@ -120,7 +126,7 @@ def _main(job: Job, channel: socket) -> None:
         message, fds = _build(job, channel)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        text = f"set up the container{where}: {posix.strerror(error.errno).lower()}"
+        text = f"set up the container{where}: {posix.strerror(error.errno or 0).lower()}"
         message = {"error": text, "errno": error.errno, "hint": ""}
     except PayloadError as error:
         message = {"error": error.message, "errno": 0, "hint": error.hint, "exit_status": error.exit_status}
@@ -136,7 +142,7 @@ def _main(job: Job, channel: socket) -> None:
     posix._exit(0)
 
 
-def _build(job: Job, channel: socket) -> tuple[dict, tuple[int, ...]]:
+def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
     config = job.config
     pidfd = posix.pidfd_open(job.init_pid, 0)
     if job.join:
@@ -174,7 +180,9 @@ def _loopback_up() -> None:
     control.close()
 
 
-def _without_mount_namespace(config: dict, channel: socket, job: Job) -> tuple[dict, tuple[int, ...]]:
+def _without_mount_namespace(
+    config: dict[str, Any], channel: socket, job: Job
+) -> tuple[dict[str, Any], tuple[int, ...]]:
     _hooks(job, channel)
     root = posix.open(job.state["rootfs"], paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
     return _found(root, config.get("process") or {}), ()
@@ -198,7 +206,7 @@ def _make_cwd(root: int, cwd: str) -> None:
         pass  # chdir gives the error, with its own words
 
 
-def _found(root: int, process: dict) -> dict:
+def _found(root: int, process: dict[str, Any]) -> dict[str, Any]:
     args = process.get("args") or []
     if not args:
         return {"program": "", "home": ""}

@@ -5,6 +5,8 @@ its own cgroup by bind mount and nothing of the host's tree (CVE-2022-47952). v1
 each hierarchy, v2 a single mount.
 """
 
+from __future__ import annotations
+
 import posix
 from errno import EBUSY, EINVAL, EPERM
 
@@ -13,10 +15,14 @@ from ovt.kernel import syscalls as sc
 
 from . import mounts, paths
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _CLONE = sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC
 
 
-def attach(mount: mounts.Mount, root: int, record: dict | None, config: dict) -> None:
+def attach(mount: mounts.Mount, root: int, record: dict[str, Any] | None, config: dict[str, Any]) -> None:
     """Put the cgroup mount(s) in place below `root`; `record` is what the state keeps about the cgroup."""
     from ovt.kernel.cgroup.hierarchy import current
 
@@ -24,7 +30,7 @@ def attach(mount: mounts.Mount, root: int, record: dict | None, config: dict) ->
         entry["type"] == "cgroup" for entry in (config.get("linux") or {}).get("namespaces") or []
     )
     try:
-        if record is not None and record["mode"] == "v2" or not record and current().mode == "v2":
+        if (record is not None and record["mode"] == "v2") or (not record and current().mode == "v2"):
             _unified(mount, root, record, own_namespace)
         else:
             _v1(mount, root, record, own_namespace)
@@ -36,7 +42,7 @@ def _attributes(mount: mounts.Mount) -> int:
     return mount.options.set
 
 
-def _unified(mount: mounts.Mount, root: int, record: dict | None, own_namespace: bool) -> None:
+def _unified(mount: mounts.Mount, root: int, record: dict[str, Any] | None, own_namespace: bool) -> None:
     tree = -1
     if own_namespace:
         try:
@@ -50,7 +56,7 @@ def _unified(mount: mounts.Mount, root: int, record: dict | None, own_namespace:
     _place(tree, root, mount.destination)
 
 
-def _v1(mount: mounts.Mount, root: int, record: dict | None, own_namespace: bool) -> None:
+def _v1(mount: mounts.Mount, root: int, record: dict[str, Any] | None, own_namespace: bool) -> None:
     """A small tmpfs with a directory for each hierarchy, and links for the names of those mounted together."""
     top = mounts.new_filesystem("tmpfs", "cgroup", ["mode=755", "size=0k", "nr_inodes=128"], errors=False)
     attributes = _attributes(mount)
@@ -77,7 +83,7 @@ def _v1(mount: mounts.Mount, root: int, record: dict | None, own_namespace: bool
     posix.close(top)
 
 
-def _hierarchies(record: dict | None) -> dict[str, list[str]]:
+def _hierarchies(record: dict[str, Any] | None) -> dict[str, list[str]]:
     """The container's directory in each hierarchy, with the controllers mounted together there."""
     from ovt.kernel.cgroup.hierarchy import current
 
@@ -92,7 +98,7 @@ def _hierarchies(record: dict | None) -> dict[str, list[str]]:
 
 
 def _fresh(names: list[str], attributes: int) -> int:
-    data = [name if name.startswith("name=") else name for name in names]
+    data = list(names)
     if any(name.startswith("name=") for name in names):
         data.insert(0, "none")
     return mounts.new_filesystem("cgroup", "cgroup", data, attributes, errors=False)

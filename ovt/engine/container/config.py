@@ -6,8 +6,6 @@ first fault. Two things are made explicit on the way: members that were null are
 they say, and a new user namespace has mappings.
 """
 
-from __future__ import annotations
-
 import posix
 
 from ovt.engine.container import rules, tables
@@ -24,7 +22,7 @@ CONFIG_LIMIT = 16 << 20
 """The longest configuration that is read, in bytes; the largest that callers write stay below 1 MiB."""
 
 
-def load(bundle_dir: str, config_path: str | None = None) -> dict[str, Any]:
+def load(bundle_dir: str, config_path: str | None = None) -> "dict[str, Any]":
     """The configuration of a bundle, parsed but not yet validated: `config_path`, or `bundle_dir`/config.json.
 
     Raises NotFound when there is no such file, ConfigError at `$` when it is not a JSON object, OSError as it comes.
@@ -40,7 +38,7 @@ def load(bundle_dir: str, config_path: str | None = None) -> dict[str, Any]:
     return parse(data)
 
 
-def parse(data: bytes, document: str = "config.json") -> dict[str, Any]:
+def parse(data: bytes, document: str = "config.json") -> "dict[str, Any]":
     """The object that a JSON document holds; ConfigError at `$`, naming `document`, when it holds none."""
     try:
         value = jsonc.load_bytes(data)
@@ -51,7 +49,7 @@ def parse(data: bytes, document: str = "config.json") -> dict[str, Any]:
     return value
 
 
-def validate(config: dict[str, Any], *, rootless: bool = False) -> None:
+def validate(config: "dict[str, Any]", *, rootless: bool = False) -> None:
     """Raises ConfigError unless `config` is a valid configuration.
 
     `rootless`: the caller is not root, so the container needs a user namespace with mappings and gets no NICs.
@@ -65,17 +63,17 @@ def validate(config: dict[str, Any], *, rootless: bool = False) -> None:
             linux["gidMappings"] = [{"containerID": 0, "hostID": posix.getegid(), "size": 1}]
 
 
-def validate_process(process: dict[str, Any], path: str = "$") -> None:
+def validate_process(process: "dict[str, Any]", path: str = "$") -> None:
     """Raises ConfigError unless `process` is what `exec --process` takes; `path` is where the document has it."""
     _validate(process, tables.PROCESS, rules.check_process, path, "process.json")
 
 
-def validate_resources(resources: dict[str, Any], path: str = "$") -> None:
+def validate_resources(resources: "dict[str, Any]", path: str = "$") -> None:
     """Raises ConfigError unless `resources` is what `update --resources` takes; `path` is where the document has it."""
     _validate(resources, tables.RESOURCES, rules.check_resources, path, "resources")
 
 
-def _validate(value: dict[str, Any], table: Node, rule: Callable[[Any], None], root: str, document: str) -> None:
+def _validate(value: "dict[str, Any]", table: "Node", rule: "Callable[[Any], None]", root: str, document: str) -> None:
     try:
         table.check(value)
         rule(value)

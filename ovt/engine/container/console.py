@@ -1,12 +1,18 @@
 """Terminals: a pair made in the container's own devpts, and the master handed to whoever asked for it."""
 
+from __future__ import annotations
+
 import fcntl
 import posix
 from _struct import pack
 
-from ovt.errors import HostError
+from ovt.errors import HostError, refused
 
 from . import paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 TIOCSWINSZ = 0x5414
 TIOCGWINSZ = 0x5413
@@ -16,7 +22,7 @@ TIOCSCTTY = 0x540E
 _DEVPTS_MAGIC_MAJORS = range(136, 144)
 
 
-def open_pair(root: int, size: dict | None, uid: int = 0) -> tuple[int, int]:
+def open_pair(root: int, size: dict[str, Any] | None, uid: int = 0) -> tuple[int, int]:
     """(master, slave) of a new terminal in the devpts that `root` shows at /dev/pts; `size` is config's consoleSize.
 
     The slave is opened from the master (TIOCGPTPEER), never by a path the container could have bent (CVE-2025-52565).
@@ -27,9 +33,9 @@ def open_pair(root: int, size: dict | None, uid: int = 0) -> tuple[int, int]:
         try:
             master = paths.resolve(root, "dev/ptmx", posix.O_RDWR | posix.O_NOCTTY)
         except OSError as error:
-            raise HostError(
-                f"open a terminal in the container: /dev/pts/ptmx: {posix.strerror(error.errno)}",
-                error.errno,
+            raise refused(
+                "open a terminal in the container: /dev/pts/ptmx",
+                error,
                 "process.terminal needs a devpts mount at /dev/pts",
             ) from None
     if posix.major(posix.fstat(master).st_rdev) != 5 or posix.minor(posix.fstat(master).st_rdev) != 2:

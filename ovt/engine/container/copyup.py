@@ -55,7 +55,7 @@ def _file(name: str, source: int, target: int) -> int:
     read = posix.open(name, _READ, dir_fd=source)
     made = posix.open(name, _WRITE, 0o600, dir_fd=target)
     try:
-        while posix.sendfile(made, read, None, 1 << 20):  # type: ignore[arg-type]
+        while posix.sendfile(made, read, None, 1 << 20):
             pass
     finally:
         posix.close(read)

@@ -5,9 +5,11 @@ The order is chosen so that a kill -9 between any two lines leaves either nothin
 exist or change, and ovt-init ends by itself while it is not yet recorded.
 """
 
+from __future__ import annotations
+
 import posix
 
-from ovt.errors import HostError, OvtError
+from ovt.errors import OvtError
 from ovt.kernel import cgroup as cgroups
 from ovt.kernel import procfs
 from ovt.kernel import syscalls as sc
@@ -16,7 +18,15 @@ from . import builder, hooks, namespaces, process
 from .init import Init, above
 from .rootfs import Rootfs
 from .state import FIFO, START_ERROR, State, now
-from .tape import IGNORE_ERROR, Tape
+from .tape import Tape
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ovt.kernel.seccomp import Program
+
+    from .mounts import Mount
 
 _O_RDWR_NEW = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
 _CLOCKS = {"monotonic": 1, "boottime": 7}
@@ -49,24 +59,24 @@ class Request:
         self.no_new_keyring = False
         self.no_pivot = False
         self.notify_socket = ""
-        self.overlay: dict | None = None
+        self.overlay: dict[str, Any] | None = None
         self.pid_file: str | None = None
         self.stdio = (0, 1, 2)
         self.want_terminal = False  # return the terminal's master instead of sending it to a socket
 
 
-def create(root: str, container_id: str, config: dict, request: Request) -> tuple[State, int]:
+def create(root: str, container_id: str, config: dict[str, Any], request: Request) -> tuple[State, int]:
     """Make the container. Returns its state and the terminal's master (-1 without one, or when it was sent)."""
     return _Creation(root, container_id, config, request).run()
 
 
 class _Creation:
-    def __init__(self, root: str, container_id: str, config: dict, request: Request) -> None:
+    def __init__(self, root: str, container_id: str, config: dict[str, Any], request: Request) -> None:
         self.root = root
         self.config = config
         self.request = request
-        self.linux: dict = config.get("linux") or {}
-        self.process: dict = config.get("process") or {}
+        self.linux: dict[str, Any] = config.get("linux") or {}
+        self.process: dict[str, Any] = config.get("process") or {}
         self.ns = namespaces.Namespaces(config)
         self.user_namespace = namespaces.has_user_namespace(self.ns.mask)
         self.cgroup = cgroups.new(
@@ -76,7 +86,7 @@ class _Creation:
             systemd_annotations=config.get("annotations") or {},
         )
         maker = posix.getpid()
-        self.record = {
+        self.record: dict[str, Any] = {
             "pid": 0,
             "pid_start": 0,
             "maker": [maker, procfs.start_time(maker)],
@@ -121,21 +131,29 @@ class _Creation:
             self.config = notify.prepare(self.state.path, self.config)
             self.process = self.config["process"]
         self.cgroup.create()
+        self.record["cgroup"] = self.cgroup.record()  # made: from here on `delete` may kill and remove what is in it
+        enter = [self._own(fd, lowest) for fd in self.cgroup.enter_fds()]
         posix.mkfifo(f"{self.state.path}/{FIFO}", 0o600)
-        fifo = self._own(posix.open(f"{self.state.path}/{FIFO}", posix.O_RDONLY | posix.O_NONBLOCK | posix.O_CLOEXEC), lowest)
+        read_end = posix.O_RDONLY | posix.O_NONBLOCK | posix.O_CLOEXEC
+        fifo = self._own(posix.open(f"{self.state.path}/{FIFO}", read_end), lowest)
         errors = self._own(posix.open(f"{self.state.path}/{START_ERROR}", _O_RDWR_NEW, 0o600), lowest)
         joined = [(kind, flag, self._own(fd, lowest)) for kind, flag, fd in self.ns.open_joined()]
-        init = self.init = Init(request.stdio, [fifo, errors, *(fd for _, _, fd in joined)], lowest)
+        init = self.init = Init(request.stdio, [fifo, errors, *enter, *(fd for _, _, fd in joined)], lowest)
+        if enter:
+            self._enter_cgroup(init, enter)
         if self.user_namespace:
             self._enter_user_namespace(init, joined)
-        cloned = self._clone(init, joined)
+        into = -1 if enter or self.user_namespace else self._own_if(self.cgroup.fd(), lowest)
+        cloned = self._clone(init, joined, into)
         # while the kernel makes the namespaces
         rootfs = self._open_rootfs(init)
         pid = init.adopt_clone(cloned)
         self.record["pid"] = pid
         self.record["pid_start"] = procfs.start_time(pid)
+        self.record["cgroup"] = self.cgroup.record()
         self.state.save()
-        self.cgroup.attach(pid)
+        if not enter and into < 0:
+            self.cgroup.attach(pid)
         self._settle_inside(init, rootfs)
         job = builder.Job(rootfs, self.config, pid, self.ns.mask & ~sc.CLONE_NEWTIME, self.ns.new)
         job.cgroup = self.record["cgroup"]
@@ -159,10 +177,22 @@ class _Creation:
         self._finish(init, final, built, fifo, errors, seccomp)
         self._publish(built)
 
+    def _own_if(self, fd: int, lowest: int) -> int:
+        return self._own(fd, lowest) if fd >= 0 else -1
+
     def _own(self, fd: int, lowest: int = 3) -> int:
         fd = above(fd, lowest)
         self.open.append(fd)
         return fd
+
+    def _enter_cgroup(self, init: Init, descriptors: list[int]) -> None:
+        """v1: the process moves itself, which spares the wait for a grace period that moving another one costs."""
+        tape = Tape()
+        zero = tape.text("0")
+        for fd in descriptors:
+            tape.call("enter the cgroup", "write", fd, zero, 1)
+            tape.call("close", "close", fd)
+        init.play(tape)
 
     def _enter_user_namespace(self, init: Init, joined: list[tuple[str, int, int]]) -> None:
         """A user namespace comes first: it owns all namespaces made after it."""
@@ -170,15 +200,13 @@ class _Creation:
         if self.ns.new & sc.CLONE_NEWUSER:
             tape.call("create user namespace", "unshare", sc.CLONE_NEWUSER)
             init.play(tape)
-            namespaces.write_maps(
-                init.pid, self.linux.get("uidMappings") or [], self.linux.get("gidMappings") or []
-            )
+            namespaces.write_maps(init.pid, self.linux.get("uidMappings") or [], self.linux.get("gidMappings") or [])
         else:
             fd = next(fd for kind, _, fd in joined if kind == "user")
             tape.call("join user namespace", "setns", fd, sc.CLONE_NEWUSER)
             init.play(tape)
 
-    def _clone(self, init: Init, joined: list[tuple[str, int, int]]) -> Tape:
+    def _clone(self, init: Init, joined: list[tuple[str, int, int]], cgroup_fd: int) -> Tape:
         """Send the tape that joins and makes namespaces and ends as the container's first process."""
         tape = Tape()
         if self._maps_root():
@@ -200,7 +228,7 @@ class _Creation:
                 tape.call("set time offsets", "write", fd_, tape.data(text.encode()), len(text))
                 tape.call("close", "close", fd_)
         later = sc.CLONE_NEWUSER | sc.CLONE_NEWCGROUP | sc.CLONE_NEWTIME
-        tape.clone("create namespaces", sc.CLONE_PARENT | self.ns.new & ~later)
+        tape.clone("create namespaces", sc.CLONE_PARENT | self.ns.new & ~later, cgroup_fd)
         init.send(tape)
         return tape
 
@@ -252,7 +280,7 @@ class _Creation:
 
         net_devices.move_in(self.state, devices, pid)
 
-    def _compile_seccomp(self, final: process.Final):  # type: ignore[no-untyped-def]
+    def _compile_seccomp(self, final: process.Final) -> Program | None:
         profile = self.linux.get("seccomp")
         if not profile:
             return None
@@ -276,7 +304,7 @@ class _Creation:
             self._own(fd, 3 + self.request.keep_fds)
         return builder.Built(message, self.open[len(self.open) - len(fds) :] if fds else [])
 
-    def _hook_state(self, pid: int) -> dict:
+    def _hook_state(self, pid: int) -> dict[str, Any]:
         return {
             "ociVersion": "1.3.0",
             "id": self.state.id,
@@ -287,7 +315,15 @@ class _Creation:
             "annotations": self.record["annotations"],
         }
 
-    def _finish(self, init: Init, final: process.Final, built: builder.Built, fifo: int, errors: int, seccomp) -> None:  # type: ignore[no-untyped-def]
+    def _finish(
+        self,
+        init: Init,
+        final: process.Final,
+        built: builder.Built,
+        fifo: int,
+        errors: int,
+        seccomp: Program | None,
+    ) -> None:
         tape = Tape()
         if self.record["no_pivot"] and not self.request.no_pivot:
             path = self.record["rootfs"]
@@ -316,17 +352,18 @@ class _Creation:
             final.process["args"] = [""]
         process.finish(tape, final, init.sync_fd)
         init.send(tape, (built.slave,) if terminal else ())
-        index, value = init.wait(tape)
+        _, value = init.wait(tape)
         if seccomp is not None and seccomp.notify:
             from . import seccomp_agent
 
             seccomp_agent.hand_over(init.pid, value, seccomp, self.state, self.process)
             init.tell()
-            index, value = init.wait(tape)
+            init.wait(tape)
         init.close()
 
     def _publish(self, built: builder.Built) -> None:
         self.record["ready"] = True
+        self.record["cgroup"] = self.cgroup.record()
         if built.master >= 0:
             if self.request.console_socket:
                 from . import console
@@ -367,7 +404,7 @@ class _IdMappings:
         self.pid = pid
         self.user_namespace = user_namespace
 
-    def __call__(self, mount) -> int:  # type: ignore[no-untyped-def]
+    def __call__(self, mount: Mount) -> int:
         from . import idmap
 
         return idmap.namespace_for(mount, self.pid if self.user_namespace else 0)

@@ -14,7 +14,8 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # The first one that exists is used; the second is where administrators have put settings for containers so far.
 CONFIG_FILES = ("/etc/criu/ovt.conf", "/etc/criu/runc.conf")
 
-_LOG_LIMIT = 1 << 20
+_LOG_LIMIT = 16 << 20
+_CONSEQUENCES = ("FAILED", "failed with", "exited unexpectedly", "killed by signal", "Can't wait")
 
 
 def search_path() -> str:
@@ -49,7 +50,7 @@ def config_arguments(annotations: dict[str, str]) -> list[str]:
 
 
 def run(argv: list[str], log: str) -> None:
-    """Run criu to its end, with its words going to `log`; HostError quotes the first error from there."""
+    """Run criu to its end, with its words going to `log`; HostError quotes the error that tells why."""
     null = posix.open("/dev/null", posix.O_RDWR | posix.O_CLOEXEC)
     complaints = posix.memfd_create("criu", posix.MFD_CLOEXEC)
     try:
@@ -77,15 +78,17 @@ def failure(verb: str, status: int, log: str, complaints: int) -> HostError:
             posix.close(fd)
     except OSError:
         text = b""
-    reason = first_error(text) or first_error(posix.pread(complaints, _LOG_LIMIT, 0))
+    reason = telling_error(text) or telling_error(posix.pread(complaints, _LOG_LIMIT, 0))
     how = reason or (f"exit status {status}" if status > 0 else f"killed by signal {-status}")
     return HostError(f"criu {verb} failed: {how}", hint=f"the whole story is in {log}" if text else "try: criu check")
 
 
-def first_error(log: bytes) -> str:
-    """The first error line of a log, without its time; failing that its last line; '' when it is empty."""
+def telling_error(log: bytes) -> str:
+    """The error line of a log that says why, without its time; failing that its last line; '' when it is empty.
+
+    Errors that CRIU can live with come first and mere consequences last, so it is the last that is not one of those.
+    """
     lines = [line.strip() for line in log.decode("utf-8", "replace").splitlines() if line.strip()]
-    for line in lines:
-        if "Error (" in line:
-            return line[line.index("Error (") :]
-    return lines[-1] if lines else ""
+    errors = [line[line.index("Error (") :] for line in lines if "Error (" in line]
+    causes = [line for line in errors if not any(word in line for word in _CONSEQUENCES)]
+    return (causes or errors or lines or [""])[-1]

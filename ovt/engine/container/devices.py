@@ -4,13 +4,19 @@ Everything is made below the descriptor of the container's /dev, found by openat
 ships /dev or an entry of it as a link gets nothing created or opened elsewhere (CVE-2025-52565, 2026-41579).
 """
 
+from __future__ import annotations
+
 import posix
 from errno import EEXIST, EPERM
 
-from ovt.errors import HostError
+from ovt.errors import HostError, refused
 from ovt.kernel import syscalls as sc
 
 from . import paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _TYPES = {"c": 0o020000, "u": 0o020000, "b": 0o060000, "p": 0o010000}
 _S_IFMT = 0o170000
@@ -31,14 +37,14 @@ _LINKS = (
 )
 
 
-def wanted(config: dict) -> list[dict]:
+def wanted(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The devices to make: the configuration's own, and the defaults that it does not name itself."""
-    own: list[dict] = (config.get("linux") or {}).get("devices") or []
+    own: list[dict[str, Any]] = (config.get("linux") or {}).get("devices") or []
     named = {"/" + "/".join(paths.parts(device["path"])) for device in own}
     return [device for device in DEFAULT if device["path"] not in named] + own
 
 
-def open_host_nodes(devices: list[dict]) -> dict[str, int]:
+def open_host_nodes(devices: list[dict[str, Any]]) -> dict[str, int]:
     """Detached clones of the host's nodes, for user namespaces, where mknod(2) is not allowed."""
     nodes = {}
     for device in devices:
@@ -48,15 +54,12 @@ def open_host_nodes(devices: list[dict]) -> dict[str, int]:
         try:
             nodes[path] = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC)
         except OSError as error:
-            raise HostError(
-                f"device {path}: {posix.strerror(error.errno).lower()}",
-                error.errno,
-                "in a user namespace a device must exist on the host",
+            raise refused(f"device {path}", error, "in a user namespace a device must exist on the host",
             ) from None
     return nodes
 
 
-def make(root: int, devices: list[dict], host_nodes: dict[str, int] | None) -> None:
+def make(root: int, devices: list[dict[str, Any]], host_nodes: dict[str, int] | None) -> None:
     """Make `devices` below `root`: by mknod, or by attaching the clones of the host's nodes."""
     for device in devices:
         components = paths.parts(device["path"])
@@ -72,12 +75,12 @@ def make(root: int, devices: list[dict], host_nodes: dict[str, int] | None) -> N
                 _make_node(parent, components[-1], device)
         except OSError as error:
             hint = "the host does not allow mknod here: is this a user namespace?" if error.errno == EPERM else ""
-            raise HostError(f"make device {device['path']}: {posix.strerror(error.errno)}", error.errno, hint) from None
+            raise refused(f"make device {device['path']}", error, hint) from None
         finally:
             posix.close(parent)
 
 
-def _make_node(parent: int, name: str, device: dict) -> None:
+def _make_node(parent: int, name: str, device: dict[str, Any]) -> None:
     kind = _TYPES[device["type"]]
     mode = kind | (device.get("fileMode") or 0o666) & 0o7777
     number = posix.makedev(device.get("major") or 0, device.get("minor") or 0) if kind != 0o010000 else 0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ovt import image
@@ -35,7 +37,7 @@ class ContainerEngine:
         self.cache = cache
         self.report = report
         self.rootless = facts.rootless()
-        self.cgroups = facts.find_cgroups()
+        self.cgroups = facts.find_cgroups(run)
         self.runtime = Runtime(f"{run}/containers", self.cgroups.manager)
 
     # before and after life
@@ -115,27 +117,25 @@ class ContainerEngine:
     def destroy(self, instance: Instance, home: str) -> None:
         rootfs_layers.destroy(home, self._mapped)
 
-    def leftovers(self, known: set[str], remove: bool = False) -> list[Leftover]:
+    def leftovers(self, owned: Callable[[str], bool], remove: bool = False) -> list[Leftover]:
         found = []
         for state in self.runtime.list():
-            if state["id"] not in known:
+            if not owned(state["id"]):
                 found.append(Leftover("container", state["id"], f"{state['status']}, and no instance owns it"))
                 if remove:
                     self.runtime.delete(state["id"], force=True)
-        owned = {state["id"] for state in self.runtime.list()}
-        for path in usage.cgroup_directories(self.cgroups.parent):
-            if path.rsplit("/", 1)[1] not in owned:
-                found.append(Leftover("cgroup", path, "no container uses it"))
-                if remove:
-                    usage.remove_cgroup(path)
+        directories = list(usage.cgroup_directories(self.cgroups.parent))
+        used = {state["id"] for state in self.runtime.list()}  # the runtime records a container before its cgroup
+        unused = [path for path in directories if path.rsplit("/", 1)[1] not in used]
+        for id in sorted({path.rsplit("/", 1)[1] for path in unused}):
+            found.append(Leftover("cgroup", f"{self.cgroups.parent}/{id}", "no container uses it"))
+        for path in image.half_made(self.cache):
+            found.append(Leftover("image", path, "its unpacking was interrupted"))
+            if remove:
+                self._mapped(partial(shutil.rmtree, path))
         if remove:
-            import shutil
-
-            for path in image.half_made(self.cache):
-                self._mapped(lambda path=path: shutil.rmtree(path))  # type: ignore[misc]
-                found.append(Leftover("image", path, "its unpacking was interrupted"))
-        else:
-            found += [Leftover("image", path, "its unpacking was interrupted") for path in image.half_made(self.cache)]
+            for path in unused:
+                usage.remove_cgroup(path)
         return found
 
     # life
@@ -163,14 +163,17 @@ class ContainerEngine:
         if changes:
             self.runtime.update(instance.id, changes)
 
-    def processes(self, instance: Instance) -> list[int]:
+    def processes(self, instance: Instance) -> list[dict[str, Any]]:
+        return [found for pid in self._pids(instance) if (found := usage.process(pid))]
+
+    def _pids(self, instance: Instance) -> list[int]:
         if self.cgroups.parent:
             return self.runtime.pids(instance.id)
         return usage.same_pid_namespace(instance.pid)
 
     def stats(self, instance: Instance) -> Stats:
         data = self.runtime.stats(instance.id) if self.cgroups.parent else {}
-        return usage.stats(data, instance.pid, self.processes(instance))
+        return usage.stats(data, instance.pid, self._pids(instance))
 
     def exec(self, instance: Instance, home: str, process: Process, detach: bool) -> int:
         from ovt.engine.container.streams import Streams

@@ -5,6 +5,8 @@ clone, which is in the pid namespace from its first instruction, joins the rest.
 ever visible to the container (CVE-2019-5736, 2024-21626).
 """
 
+from __future__ import annotations
+
 import posix
 
 from ovt.errors import PayloadError, StateError
@@ -17,6 +19,12 @@ from .create import write_pid_file
 from .init import Init, above
 from .state import CREATED, PAUSED, RUNNING, State
 from .tape import Tape
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ovt.kernel.seccomp import Program
 
 _OUTSIDE = sc.CLONE_NEWUSER | sc.CLONE_NEWPID
 
@@ -44,12 +52,12 @@ class Request:
         self.want_terminal = False
 
 
-def execute(state: State, spec: dict, request: Request, status_ok: tuple[str, ...] = (CREATED, RUNNING)) -> tuple[int, int]:
+def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, int]:
     """Run `spec` (an OCI process) in the container: (pid, terminal master or -1). The process is the caller's child."""
     status = state.status()
     if status == PAUSED and not request.ignore_paused:
         raise StateError(f"cannot exec in a paused container: {state.id}", "resume it first, or --ignore-paused")
-    if status not in (*status_ok, PAUSED):
+    if status not in (CREATED, RUNNING, PAUSED):
         raise StateError(f"cannot exec in a stopped container: container not running: {state.id}")
     record = state.record
     lowest = 3 + request.keep_fds
@@ -72,15 +80,25 @@ def execute(state: State, spec: dict, request: Request, status_ok: tuple[str, ..
         affinity = spec.get("execCPUAffinity") or {}
         mask = record["namespaces"]
         keep = [pidfd, root] if record["no_pivot"] else [pidfd]
-        init = Init(request.stdio, keep, lowest)
+        enter, into = _cgroup_fds(state, request.cgroup)
+        enter = [above(fd, lowest) for fd in enter]
+        opened += enter
+        if into >= 0:
+            into = above(into, lowest)
+            opened.append(into)
+        init = Init(request.stdio, [*keep, *enter, *([into] if into >= 0 else [])], lowest)
         process.set_affinity(init.pid, affinity.get("initial"))
         tape = Tape()
+        zero = tape.text("0")
+        for fd in enter:
+            tape.call("enter the cgroup", "write", fd, zero, 1)
         if mask & _OUTSIDE:
             tape.call("join the container's namespaces", "setns", pidfd, mask & _OUTSIDE)
-        tape.clone("clone into the container", sc.CLONE_PARENT)
+        tape.clone("clone into the container", sc.CLONE_PARENT, into)
         init.send(tape)
         pid = init.adopt_clone(tape)
-        _attach_cgroup(state, pid, request.cgroup)
+        if not enter and into < 0:
+            _attach_cgroup(state, pid, request.cgroup)
         process.set_affinity(pid, affinity.get("final"))
         process.apply_from_outside(pid, spec)
         final, listener = _final(state, spec, program, env, lowest)
@@ -99,7 +117,7 @@ def execute(state: State, spec: dict, request: Request, status_ok: tuple[str, ..
         try:
             init.wait(tape, end_is_success=True)
         except OSError as error:
-            raise PayloadError(f"{error.filename}: {error.strerror.lower()}", 126) from None
+            raise PayloadError(f"{error.filename}: {(error.strerror or '').lower()}", 126) from None
         if master >= 0:
             if request.console_socket:
                 console.send_master(request.console_socket, master)
@@ -118,7 +136,7 @@ def execute(state: State, spec: dict, request: Request, status_ok: tuple[str, ..
                 init.reap()
 
 
-def _look_up(root: int, spec: dict) -> tuple[str, list[str]]:
+def _look_up(root: int, spec: dict[str, Any]) -> tuple[str, list[str]]:
     env: list[str] = list(spec.get("env") or [])
     program, why = paths.find_program(root, spec.get("program") or spec["args"][0], spec.get("cwd") or "/", env)
     if not program:
@@ -128,16 +146,24 @@ def _look_up(root: int, spec: dict) -> tuple[str, list[str]]:
     return program, env
 
 
+def _cgroup_fds(state: State, sub: str | None) -> tuple[list[int], int]:
+    """v1: descriptors through which a process moves itself in; v2: the directory for CLONE_INTO_CGROUP, or -1."""
+    if not state.record.get("cgroup"):
+        return [], -1
+    from ovt.kernel import cgroup
+
+    group = cgroup.restore(state.record["cgroup"])
+    enter = group.enter_fds(sub or "")
+    user_namespace = state.record["namespaces"] & sc.CLONE_NEWUSER
+    return enter, -1 if enter or user_namespace else group.fd(sub or "", state.pid)
+
+
 def _attach_cgroup(state: State, pid: int, sub: str | None) -> None:
     if not state.record.get("cgroup"):
         return
     from ovt.kernel import cgroup
 
-    group = cgroup.restore(state.record["cgroup"])
-    if sub:
-        group.attach(pid, sub)
-    else:
-        group.attach(pid)
+    cgroup.restore(state.record["cgroup"]).attach(pid, sub or "", state.pid)
 
 
 def _join(state: State, mask: int, pidfd: int, root: int) -> Tape:
@@ -158,7 +184,9 @@ def _join(state: State, mask: int, pidfd: int, root: int) -> Tape:
     return tape
 
 
-def _final(state: State, spec: dict, program: str, env: list[str], lowest: int):  # type: ignore[no-untyped-def]
+def _final(
+    state: State, spec: dict[str, Any], program: str, env: list[str], lowest: int
+) -> tuple[process.Final, Program | None]:
     capabilities = spec.get("capabilities") or state.record["process"].get("capabilities")
     final = process.Final({**spec, "env": env, "capabilities": capabilities}, program, lowest)
     final.user_namespace = bool(state.record["namespaces"] & sc.CLONE_NEWUSER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from typing import NamedTuple
 
 from ovt.engine.container.bundle import Facts, Node
@@ -57,15 +58,20 @@ def find_init() -> str:
     return next((path for path in _INITS if os.access(path, os.X_OK)), "")
 
 
-def find_cgroups() -> Cgroups:
-    """The manager that works for this caller."""
+def find_cgroups(run: str) -> Cgroups:
+    """The manager that works for this caller; a cgroup of its own for each directory `run` of run-time state, so that
+    one host's leftovers are never taken for another's."""
     version = cgroup_version()
     if version == "none":
         return Cgroups("disabled", "", False)
     if not rootless():
         probe = _CGROUP if version == "v2" else next((p for p in _controllers() if os.access(p, os.W_OK)), "")
         if probe and os.access(probe, os.W_OK) and not _read_only(probe):
-            return Cgroups("cgroupfs", "/ovt", version == "v2" or os.path.isdir(f"{_CGROUP}/devices"))
+            return Cgroups(
+                "cgroupfs",
+                f"/ovt-{zlib.crc32(run.encode()):08x}",
+                version == "v2" or os.path.isdir(f"{_CGROUP}/devices"),
+            )
         return Cgroups("disabled", "", False)
     bus = f"{os.environ.get('XDG_RUNTIME_DIR', '')}/bus"
     if version == "v2" and os.path.exists("/run/systemd/system") and os.path.exists(bus):

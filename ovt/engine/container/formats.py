@@ -3,8 +3,6 @@
 The answers complete the sentence `$.path: …, not "value"`. Nothing here looks at the host or at other members.
 """
 
-from __future__ import annotations
-
 # Linux: IFNAMSIZ less its NUL, __NEW_UTS_LEN, the largest MAX_NUMNODES
 INTERFACE_NAME_MAX = 15
 HOST_NAME_MAX = 64

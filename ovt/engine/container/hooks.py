@@ -1,23 +1,28 @@
 """OCI hooks (runtime-spec, "POSIX-platform Hooks"): programs run with the container's state on their stdin."""
 
+from __future__ import annotations
+
 import posix
 import select
 import time
 
-from ovt.errors import HostError
+from ovt.errors import HostError, refused
 from ovt.kernel import jsonc
-from ovt.kernel import syscalls as sc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _SIGPIPE, _SIGXFSZ, _SIGKILL = 13, 25, 9
 
 
-def run(config_hooks: dict | None, name: str, state: dict) -> None:
+def run(config_hooks: dict[str, Any] | None, name: str, state: dict[str, Any]) -> None:
     """Run the hooks of one point in order; the first that fails ends it with HostError."""
     for i, hook in enumerate((config_hooks or {}).get(name) or []):
         _run_one(f"{name} hook #{i} ({hook['path']})", hook, state)
 
 
-def _run_one(what: str, hook: dict, state: dict) -> None:
+def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
     args = hook.get("args") or [hook["path"]]
     env: dict[bytes, bytes] = {}
     for entry in hook.get("env") or []:
@@ -35,7 +40,7 @@ def _run_one(what: str, hook: dict, state: dict) -> None:
             hook["path"], args, env, file_actions=actions, setsigmask=[], setsigdef=[_SIGPIPE, _SIGXFSZ]
         )
     except OSError as error:
-        raise HostError(f"{what}: {posix.strerror(error.errno).lower()}", error.errno) from None
+        raise refused(f"{what}", error) from None
     finally:
         posix.close(read)
         posix.close(out_write)

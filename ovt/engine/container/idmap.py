@@ -1,12 +1,18 @@
 """User namespaces for id-mapped mounts: a mount's own mappings, or those of the container."""
 
+from __future__ import annotations
+
 import posix
 
-from ovt.errors import ConfigError, HostError
+from ovt.errors import ConfigError, HostError, refused
 from ovt.kernel import procfs
 from ovt.kernel import syscalls as sc
 
 from . import mounts
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def namespace_for(mount: mounts.Mount, container_pid: int) -> int:
@@ -47,7 +53,7 @@ def make(uid_map: str, gid_map: str) -> int:
             procfs.write(f"/proc/{pid}/uid_map", uid_map)
             procfs.write(f"/proc/{pid}/gid_map", gid_map)
         except OSError as error:
-            raise HostError(f"id-mapped mount: {uid_map.strip()!r}: {posix.strerror(error.errno)}", error.errno) from None
+            raise refused(f"id-mapped mount: {uid_map.strip()!r}", error) from None
         return posix.open(f"/proc/{pid}/ns/user", posix.O_RDONLY | posix.O_CLOEXEC)
     finally:
         posix.close(ready)
@@ -55,12 +61,12 @@ def make(uid_map: str, gid_map: str) -> int:
         posix.waitpid(pid, 0)
 
 
-def _lines(maps: list[dict]) -> str:
+def _lines(maps: list[dict[str, Any]]) -> str:
     return "".join(f"{m['containerID']} {m['hostID']} {m['size']}\n" for m in maps)
 
 
-def _parse(mount: mounts.Mount, container_pid: int) -> tuple[list[dict], list[dict]]:
-    out: dict[str, list[dict]] = {"uids": [], "gids": []}
+def _parse(mount: mounts.Mount, container_pid: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    out: dict[str, list[dict[str, Any]]] = {"uids": [], "gids": []}
     for part in (mount.options.idmap or "").split(";"):
         kind, _, ranges = part.partition("=")
         if kind not in out:

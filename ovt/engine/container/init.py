@@ -6,7 +6,7 @@ It always runs from a sealed memfd: /proc/<pid>/exe of a container process then 
 
 import fcntl
 import posix
-from _socket import SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socketpair
+from _socket import SCM_RIGHTS, SOL_SOCKET, socketpair
 from _struct import pack
 from errno import EINVAL
 
@@ -78,7 +78,7 @@ class Init:
                 f"/proc/self/fd/{_memfd()}",
                 ["ovt-init", str(sync)],
                 {},
-                file_actions=actions,  # type: ignore[arg-type]
+                file_actions=actions,
                 setsigmask=[],
                 setsigdef=[_SIGPIPE, _SIGXFSZ],
             )
@@ -105,7 +105,7 @@ class Init:
             raise HostError("the container's init process ended before it was set up") from None
 
     def wait(self, tape: Tape, end_is_success: bool = False) -> tuple[int, int]:
-        """The next report: (index, value). When ovt-init is gone: (TAPE_DONE, 0) if that means execve, else an error."""
+        """The next report: (index, value). ovt-init gone is an error, or (TAPE_DONE, 0) where it means execve."""
         raw = b""
         while len(raw) < REPORT.size:
             try:
@@ -115,7 +115,9 @@ class Init:
             if not chunk:
                 if end_is_success:
                     return TAPE_DONE, 0
-                raise HostError("the container's init process ended unexpectedly", hint="was it killed (OOM, a signal)?")
+                raise HostError(
+                    "the container's init process ended unexpectedly", hint="was it killed (OOM, a signal)?"
+                )
             raw += chunk
         index, errno, value = REPORT.unpack(raw)
         if errno:

@@ -1,14 +1,20 @@
 """linux.intelRdt: cache and memory bandwidth allocation, where the host has resctrl mounted."""
 
+from __future__ import annotations
+
 import posix
 
-from ovt.errors import HostError
+from ovt.errors import HostError, refused
 from ovt.kernel import procfs
 
 from .state import State
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def apply(state: State, config: dict, pid: int) -> None:
+
+def apply(state: State, config: dict[str, Any], pid: int) -> None:
     """Put `pid` into the class of service the configuration names, making it with its schemata if it is ours."""
     mount = _mount_point()
     name = config.get("closID") or state.id
@@ -23,7 +29,7 @@ def apply(state: State, config: dict, pid: int) -> None:
         if config.get("closID") and not schemata:
             pass
     except OSError as error:
-        raise HostError(f"linux.intelRdt: make {directory}: {posix.strerror(error.errno)}", error.errno) from None
+        raise refused(f"linux.intelRdt: make {directory}", error) from None
     state.record["intelRdt"] = {"directory": directory, "remove": ours}
     state.save()
     try:
@@ -36,12 +42,11 @@ def apply(state: State, config: dict, pid: int) -> None:
             state.record["intelRdt"]["monitoring"] = group
             procfs.write(f"{group}/tasks", str(pid))
     except OSError as error:
-        raise HostError(
-            f"linux.intelRdt: write {directory}: {posix.strerror(error.errno)}", error.errno, _last_status(mount)
+        raise refused(f"linux.intelRdt: write {directory}", error, _last_status(mount)
         ) from None
 
 
-def remove(record: dict) -> None:
+def remove(record: dict[str, Any]) -> None:
     """Remove the groups that `apply` made."""
     for path in (record.get("monitoring"), record["directory"] if record["remove"] else None):
         if path:

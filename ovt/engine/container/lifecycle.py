@@ -1,15 +1,21 @@
 """start, kill, pause, resume and delete of a container that exists. None of them needs more than its state record."""
 
+from __future__ import annotations
+
 import posix
 import select
 import time
-from _signal import pidfd_send_signal
+from _signal import pidfd_send_signal  # type: ignore[import-not-found]
 from errno import ENOENT, ENXIO, ESRCH
 
 from ovt.errors import HostError, NotFound, OvtError, PayloadError, StateError
 from ovt.kernel import procfs
 
 from .state import CREATED, FIFO, PAUSED, RUNNING, START_ERROR, STOPPED, State, check_id, remove_tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ovt.kernel.cgroup import Cgroup
 
 _SIGKILL = 9
 _REPORT_SIZE = 16
@@ -114,7 +120,7 @@ def resume(state: State) -> None:
     _cgroup(state, "resume").thaw()
 
 
-def _cgroup(state: State, verb: str):  # type: ignore[no-untyped-def]
+def _cgroup(state: State, verb: str) -> Cgroup:
     from ovt.kernel import cgroup
 
     if not state.record.get("cgroup"):
@@ -142,8 +148,9 @@ def delete(state: State, force: bool = False) -> None:
     if record.get("cgroup"):
         from ovt.kernel import cgroup
 
-        group = cgroup.restore(record["cgroup"])
-        if group.pids():
+        # not yet `made`: the maker was killed between making the directories and saying so; nobody is in them
+        group = cgroup.restore({**record["cgroup"], "made": True} if "made" in record["cgroup"] else record["cgroup"])
+        if record["cgroup"].get("made", True) and group.pids():
             # processes that outlive their init: it shared the host's pid namespace
             group.kill(_SIGKILL)
         group.remove()

@@ -5,13 +5,23 @@ eyes and rights; `attach` runs inside. Only the mount API of Linux 5.2 and 5.12 
 attributes while it is detached, so it is never visible half made, and there is no remount pass.
 """
 
+from __future__ import annotations
+
 import posix
 from errno import EBUSY, ENOENT, ENOTDIR, EPERM
 
-from ovt.errors import HostError, OvtError
+from ovt.errors import HostError, OvtError, refused
 from ovt.kernel import syscalls as sc
 
 from . import mount_options, paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    UserNamespaceFor = Callable[["Mount"], int]
+    """Gives the descriptor of a user namespace with the mappings an id-mapped mount asks for."""
 
 _MS_REC_SLAVE = (sc.MS_SLAVE, True)
 
@@ -19,9 +29,20 @@ _MS_REC_SLAVE = (sc.MS_SLAVE, True)
 class Mount:
     """A mount of the configuration on its way to its place."""
 
-    __slots__ = ("source", "destination", "type", "options", "tree", "inside_errno", "is_directory", "link", "path", "config")
+    __slots__ = (
+        "source",
+        "destination",
+        "type",
+        "options",
+        "tree",
+        "inside_errno",
+        "is_directory",
+        "link",
+        "path",
+        "config",
+    )
 
-    def __init__(self, config: dict, path: str) -> None:
+    def __init__(self, config: dict[str, Any], path: str) -> None:
         self.config = config
         self.path = path  # JSON path, for messages
         self.source: str = config.get("source") or ""
@@ -42,10 +63,10 @@ class Mount:
         hint = ""
         if error.errno == EPERM and self.type in ("sysfs", "mqueue", "proc"):
             hint = f"a new {self.type} needs the container to own the namespace it shows"
-        return HostError(f"{doing} {what}: {posix.strerror(error.errno).lower()}", error.errno, hint)
+        return refused(f"{doing} {what}", error, hint)
 
 
-def open_sources(mounts: list[Mount], bundle: str, host_propagation: bool, userns_for: "UserNamespaceFor") -> None:
+def open_sources(mounts: list[Mount], bundle: str, host_propagation: bool, userns_for: UserNamespaceFor) -> None:
     """Clone the sources of all bind mounts from the caller's mount namespace, detached and with their attributes."""
     for mount in mounts:
         if not mount.options.bind or mount.options.remount:
@@ -56,7 +77,7 @@ def open_sources(mounts: list[Mount], bundle: str, host_propagation: bool, usern
             raise mount.failed(error) from None
 
 
-def _open_source(mount: Mount, bundle: str, host_propagation: bool, userns_for: "UserNamespaceFor") -> None:
+def _open_source(mount: Mount, bundle: str, host_propagation: bool, userns_for: UserNamespaceFor) -> None:
     source = mount.source if mount.source.startswith("/") else f"{bundle}/{mount.source}"
     options = mount.options
     if options.copy_symlink and posix.lstat(source).st_mode & 0o170000 == 0o120000:
@@ -76,18 +97,11 @@ def _open_source(mount: Mount, bundle: str, host_propagation: bool, userns_for: 
             mount.tree,
             set_=sc.MOUNT_ATTR_IDMAP,
             userns_fd=fd,
-            recursive=options.idmap_recursive or options.recursive and options.idmap is None,
+            recursive=options.idmap_recursive or (options.recursive and options.idmap is None),
         )
         posix.close(fd)
     for flag, recursive in propagation:
         sc.mount_setattr(mount.tree, propagation=flag, recursive=recursive)
-
-
-class UserNamespaceFor:
-    """Callable: the descriptor of a user namespace with the mappings an id-mapped mount asks for."""
-
-    def __call__(self, mount: Mount) -> int:
-        raise NotImplementedError
 
 
 def _set_attributes(fd: int, options: mount_options.Options) -> None:
@@ -119,7 +133,7 @@ def new_filesystem(
         return sc.fsmount(context, attributes)
     except OSError as error:
         if errors and (words := _kernel_words(context)):
-            raise OSError(error.errno, posix.strerror(error.errno), words) from None
+            raise OSError(error.errno, posix.strerror(error.errno or 0), words) from None
         raise
     finally:
         posix.close(context)
@@ -182,7 +196,9 @@ def _new(mount: Mount, label: str) -> int:
     if mount.type == "proc":
         # the kernel shows a procfs only to the owner of the pid namespace: what the host mounted is passed on
         return _host_tree("/proc", options) if mount.inside_errno in (EPERM, EBUSY) else _refused(mount)
-    source = mount.source if mount.type not in ("proc", "sysfs", "tmpfs", "devpts", "mqueue") else mount.source or "none"
+    source = (
+        mount.source if mount.type not in ("proc", "sysfs", "tmpfs", "devpts", "mqueue") else mount.source or "none"
+    )
     try:
         tree = new_filesystem(mount.type, source, superblock, label=label if mount.type in ("tmpfs", "mqueue") else "")
     except OSError as error:

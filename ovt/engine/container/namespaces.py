@@ -1,10 +1,16 @@
 """The namespaces of a container: which are new, which are joined, and how user ids map."""
 
+from __future__ import annotations
+
 import posix
 
-from ovt.errors import ConfigError, HostError
+from ovt.errors import ConfigError, HostError, refused
 from ovt.kernel import procfs
 from ovt.kernel import syscalls as sc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 FLAGS = {
     "user": sc.CLONE_NEWUSER,
@@ -34,7 +40,7 @@ class Namespaces:
 
     __slots__ = ("new", "joined")
 
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self.new = 0
         self.joined: list[tuple[str, int, str]] = []
         for entry in (config.get("linux") or {}).get("namespaces") or []:
@@ -63,7 +69,7 @@ class Namespaces:
                 fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
             except OSError as error:
                 raise HostError(
-                    f"{kind} namespace {path}: {posix.strerror(error.errno).lower()}", error.errno
+                    f"{kind} namespace {path}: {posix.strerror(error.errno or 0).lower()}", error.errno or 0
                 ) from None
             try:
                 actual = fcntl.ioctl(fd, _NS_GET_NSTYPE)
@@ -76,7 +82,7 @@ class Namespaces:
         return opened
 
 
-def write_maps(pid: int, uid_maps: list[dict], gid_maps: list[dict]) -> None:
+def write_maps(pid: int, uid_maps: list[dict[str, Any]], gid_maps: list[dict[str, Any]]) -> None:
     """Write the id mappings of the new user namespace of `pid`; without privilege through newuidmap/newgidmap."""
     euid = posix.geteuid()
     uids, gids = _lines(uid_maps), _lines(gid_maps)
@@ -101,18 +107,15 @@ def write_maps(pid: int, uid_maps: list[dict], gid_maps: list[dict]) -> None:
                 # root without CAP_SETUID over the parent namespace, as in an unprivileged outer container
                 _run_helper(helper, pid, maps)
                 continue
-            raise HostError(
-                f"write {name}: {posix.strerror(error.errno).lower()}",
-                error.errno,
-                f"is {text.strip()!r} allowed by the outer user namespace?",
+            raise refused(f"write {name}", error, f"is {text.strip()!r} allowed by the outer user namespace?",
             ) from None
 
 
-def _lines(maps: list[dict]) -> str:
+def _lines(maps: list[dict[str, Any]]) -> str:
     return "".join(f"{m['containerID']} {m['hostID']} {m['size']}\n" for m in maps)
 
 
-def _run_helper(helper: str, pid: int, maps: list[dict]) -> None:
+def _run_helper(helper: str, pid: int, maps: list[dict[str, Any]]) -> None:
     """newuidmap(1): the setuid program that grants the ranges of /etc/subuid and /etc/subgid."""
     args = [helper, str(pid)]
     for m in maps:

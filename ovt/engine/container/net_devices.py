@@ -1,5 +1,7 @@
 """linux.netDevices: host NICs lent to a container, and given back with their old name, MTU and MAC."""
 
+from __future__ import annotations
+
 import posix
 
 from ovt.errors import OvtError
@@ -7,8 +9,12 @@ from ovt.kernel import netdevice
 
 from .state import State
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-def move_in(state: State, devices: dict[str, dict], pid: int) -> None:
+
+def move_in(state: State, devices: dict[str, dict[str, Any]], pid: int) -> None:
     """Move `devices` (host name: {"name": name inside}) into the network namespace of `pid`, recording each first."""
     namespace = posix.open(f"/proc/{pid}/ns/net", posix.O_RDONLY | posix.O_CLOEXEC)
     try:

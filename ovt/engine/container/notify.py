@@ -4,6 +4,8 @@
 READY=1, passes that on with the service's pid as the host knows it, and leaves.
 """
 
+from __future__ import annotations
+
 import posix
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM, socket
 
@@ -12,15 +14,24 @@ from ovt.kernel.syscalls import O_PATH
 
 from .state import State
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 DIRECTORY = "notify"
 INSIDE = "/run/notify"
 
 
-def prepare(state_path: str, config: dict) -> dict:
+def prepare(state_path: str, config: dict[str, Any]) -> dict[str, Any]:
     """Make the directory and return `config` with its mount and the variable in it."""
     directory = f"{state_path}/{DIRECTORY}"
     posix.mkdir(directory, 0o755)
-    mount = {"destination": INSIDE, "source": directory, "type": "bind", "options": ["bind", "nosuid", "noexec", "nodev", "ro"]}
+    mount = {
+        "destination": INSIDE,
+        "source": directory,
+        "type": "bind",
+        "options": ["bind", "nosuid", "noexec", "nodev", "ro"],
+    }
     process = config.get("process") or {}
     env = [entry for entry in process.get("env") or [] if not entry.startswith("NOTIFY_SOCKET=")]
     process = {**process, "env": [*env, f"NOTIFY_SOCKET={INSIDE}/notify.sock"]}
@@ -35,7 +46,7 @@ class Proxy:
         self._host = host_socket
         self._socket = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC)
 
-    def __enter__(self) -> "Proxy":
+    def __enter__(self) -> Proxy:
         directory = posix.open(f"{self._state.path}/{DIRECTORY}", O_PATH | posix.O_CLOEXEC)
         try:
             # by descriptor: the state directory's path may be longer than the 108 bytes of sun_path

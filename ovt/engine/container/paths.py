@@ -125,7 +125,7 @@ def find_program(root: int, name: str, cwd: str, env: list[str]) -> tuple[str, s
             fd = resolve(root, candidate)
         except OSError as error:
             if "/" in name:
-                why = f'exec: "{name}": stat {name}: {posix.strerror(error.errno).lower()}'
+                why = f'exec: "{name}": stat {name}: {posix.strerror(error.errno or 0).lower()}'
             continue
         mode = posix.fstat(fd).st_mode
         posix.close(fd)

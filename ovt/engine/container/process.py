@@ -4,15 +4,21 @@
 (limits, OOM score, scheduling) is set from outside by `apply_from_outside`, with the runtime's rights.
 """
 
+from __future__ import annotations
+
 import posix
 from _struct import pack
 from errno import EACCES, ENOENT, EPERM
 
-from ovt.errors import ConfigError, HostError
+from ovt.errors import ConfigError, HostError, refused
 from ovt.kernel import capabilities
 from ovt.kernel import syscalls as sc
 
 from .tape import IGNORE_ERROR, SKIP_IF_OK, Pointer, Tape
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
@@ -79,7 +85,7 @@ _MEMORY_MODES = {
 _MEMORY_FLAGS = {"MPOL_F_STATIC_NODES": 1 << 15, "MPOL_F_RELATIVE_NODES": 1 << 14, "MPOL_F_NUMA_BALANCING": 1 << 13}
 
 
-def apply_from_outside(pid: int, process: dict) -> None:
+def apply_from_outside(pid: int, process: dict[str, Any]) -> None:
     """Set what the runtime may set on another process: rlimits, OOM score, I/O priority, scheduler."""
     for limit in process.get("rlimits") or []:
         try:
@@ -88,8 +94,8 @@ def apply_from_outside(pid: int, process: dict) -> None:
             hint = "raising a hard limit needs CAP_SYS_RESOURCE on the host" if error.errno == EPERM else ""
             raise HostError(
                 f"error setting rlimit {limit['type']} to {limit['soft']}:{limit['hard']}: "
-                f"{posix.strerror(error.errno).lower()}",
-                error.errno,
+                f"{posix.strerror(error.errno or 0).lower()}",
+                error.errno or 0,
                 hint,
             ) from None
     score = process.get("oomScoreAdj")
@@ -100,7 +106,7 @@ def apply_from_outside(pid: int, process: dict) -> None:
         try:
             sc.ioprio_set(pid, _IO_CLASSES[priority["class"]] << 13 | (priority.get("priority") or 0))
         except OSError as error:
-            raise HostError(f"set ioPriority: {posix.strerror(error.errno)}", error.errno) from None
+            raise refused("set ioPriority", error) from None
     if process.get("scheduler"):
         _set_scheduler(pid, process["scheduler"])
 
@@ -113,10 +119,10 @@ def _write_oom_score(pid: int, score: int) -> None:
     except OSError as error:
         if error.errno == EACCES and posix.geteuid() != 0:
             return  # rootless: a score below the caller's own cannot be had, and engines ask for it by habit
-        raise HostError(f"set oomScoreAdj to {score}: {posix.strerror(error.errno)}", error.errno) from None
+        raise refused(f"set oomScoreAdj to {score}", error) from None
 
 
-def _set_scheduler(pid: int, scheduler: dict) -> None:
+def _set_scheduler(pid: int, scheduler: dict[str, Any]) -> None:
     flags = 0
     for name in scheduler.get("flags") or []:
         flags |= _SCHED_FLAGS[name]
@@ -133,7 +139,7 @@ def _set_scheduler(pid: int, scheduler: dict) -> None:
             scheduler.get("period") or 0,
         )
     except OSError as error:
-        raise HostError(f"sched_setattr: {policy}: {posix.strerror(error.errno).lower()}", error.errno) from None
+        raise refused(f"sched_setattr: {policy}", error) from None
 
 
 def parse_cpus(text: str) -> set[int]:
@@ -141,7 +147,7 @@ def parse_cpus(text: str) -> set[int]:
     cpus: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or dash and not last.isdigit():
+        if not first.isdigit() or (dash and not last.isdigit()):
             raise ConfigError("$.process.execCPUAffinity", f"{text!r} is not a list of CPUs")
         cpus.update(range(int(first), int(last if dash else first) + 1))
     return cpus
@@ -156,9 +162,19 @@ def set_affinity(pid: int, cpus: str | None) -> None:
 class Final:
     """What `finish` needs besides config.process."""
 
-    __slots__ = ("process", "program", "user_namespace", "no_setgroups", "fifo", "error_file", "seccomp", "lowest", "lsm")
+    __slots__ = (
+        "process",
+        "program",
+        "user_namespace",
+        "no_setgroups",
+        "fifo",
+        "error_file",
+        "seccomp",
+        "lowest",
+        "lsm",
+    )
 
-    def __init__(self, process: dict, program: str, lowest: int) -> None:
+    def __init__(self, process: dict[str, Any], program: str, lowest: int) -> None:
         self.process = process
         self.program = program  # the path to execute, already found
         self.lowest = lowest  # descriptors from here on are closed
@@ -258,7 +274,7 @@ def _seccomp(tape: Tape, seccomp: tuple[bytes, int, bool], sync_fd: int) -> None
         tape.call("wait for the seccomp agent", "read", sync_fd, tape.data(bytes(8)), 1)
 
 
-def _identity(tape: Tape, final: Final, user: dict, sets: dict) -> None:
+def _identity(tape: Tape, final: Final, user: dict[str, Any], sets: dict[str, Any]) -> None:
     """Groups, ids and the five capability sets (capabilities(7)); nothing is inheritable that is not configured."""
     allowed = ~0 if final.user_namespace else sc.capget()
     mask = {
@@ -287,14 +303,14 @@ def _identity(tape: Tape, final: Final, user: dict, sets: dict) -> None:
             tape.call("raise ambient capability", "prctl", PR_CAP_AMBIENT, 2, number, 0, 0)
 
 
-def personality(tape: Tape, linux: dict) -> None:
+def personality(tape: Tape, linux: dict[str, Any]) -> None:
     """linux.personality: the execution domain."""
     entry = linux.get("personality")
     if entry:
         tape.call("set personality", "personality", _PERSONALITIES[entry["domain"]])
 
 
-def memory_policy(tape: Tape, linux: dict) -> None:
+def memory_policy(tape: Tape, linux: dict[str, Any]) -> None:
     """linux.memoryPolicy: set_mempolicy(2)."""
     entry = linux.get("memoryPolicy")
     if not entry or not entry.get("mode"):

@@ -6,13 +6,19 @@ very last call: all work is done below the descriptor of the new root, so no nam
 can be answered by the container (CVE-2019-14271).
 """
 
+from __future__ import annotations
+
 import posix
 from errno import EINVAL, ENOENT, ENOTDIR
 
-from ovt.errors import ConfigError, HostError, OvtError
+from ovt.errors import ConfigError, HostError, OvtError, refused
 from ovt.kernel import syscalls as sc
 
 from . import devices, mounts, paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _PROPAGATION = {
     "shared": (sc.MS_SHARED, False),
@@ -32,12 +38,12 @@ class Rootfs:
 
     def __init__(
         self,
-        config: dict,
+        config: dict[str, Any],
         bundle: str,
         *,
         user_namespace: bool,
         userns_for: mounts.UserNamespaceFor,
-        overlay: dict | None = None,
+        overlay: dict[str, Any] | None = None,
     ) -> None:
         linux = config.get("linux") or {}
         self.config = config
@@ -71,7 +77,7 @@ class Rootfs:
         """The procfs mounts: the container's own process must make them, they show its pid namespace."""
         return [mount for mount in self.mounts if mount.type == "proc" and not mount.options.bind]
 
-    def build(self, cgroup: dict | None) -> None:
+    def build(self, cgroup: dict[str, Any] | None) -> None:
         """Attach the root over the host's and fill it. The caller has joined the container's namespaces."""
         host_root = posix.open("/", paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
         sc.mount_setattr(host_root, propagation=sc.MS_SLAVE, recursive=True)
@@ -124,7 +130,7 @@ class Rootfs:
             sc.move_mount(tree, fd)
             posix.close(tree)
         except OSError as error:
-            raise HostError(f"make {path} read-only: {posix.strerror(error.errno)}", error.errno) from None
+            raise refused(f"make {path} read-only", error) from None
         finally:
             posix.close(fd)
 
@@ -158,12 +164,12 @@ class Rootfs:
             sc.move_mount(tree, fd)
             posix.close(tree)
         except OSError as error:
-            raise HostError(f"mask {path}: {posix.strerror(error.errno)}", error.errno) from None
+            raise refused(f"mask {path}", error) from None
         finally:
             posix.close(fd)
 
 
-def _rootfs_path(config: dict, bundle: str) -> str:
+def _rootfs_path(config: dict[str, Any], bundle: str) -> str:
     path: str = (config.get("root") or {}).get("path") or ""
     if not path.startswith("/"):
         path = f"{bundle}/{path}" if path else bundle
@@ -179,21 +185,21 @@ def _clone_root(path: str) -> int:
         hint = ""
         if error.errno == EINVAL:
             hint = "the mount that holds it is unbindable"
-        raise HostError(f"open the rootfs {path}: {posix.strerror(error.errno)}", error.errno, hint) from None
+        raise refused(f"open the rootfs {path}", error, hint) from None
     if not paths.is_directory(tree):
         raise ConfigError("$.root.path", f"{path}: not a directory")
     return tree
 
 
-def _overlay_tree(overlay: dict) -> int:
+def _overlay_tree(overlay: dict[str, Any]) -> int:
     """An overlay that only this container sees: {"lower": [dir, …], "upper": dir, "work": dir}."""
     data = [f"lowerdir={':'.join(_escaped(lower) for lower in overlay['lower'])}"]
     data += [f"upperdir={overlay['upper']}", f"workdir={overlay['work']}", *overlay.get("options", [])]
     try:
         return mounts.new_filesystem("overlay", "overlay", data)
     except OSError as error:
-        words = error.filename or posix.strerror(error.errno)
-        raise HostError(f"mount the overlay of {overlay['upper']}: {words}", error.errno) from None
+        words = error.filename or posix.strerror(error.errno or 0)
+        raise HostError(f"mount the overlay of {overlay['upper']}: {words}", error.errno or 0) from None
 
 
 def _escaped(path: str) -> str:
@@ -232,4 +238,4 @@ def _sysctl(key: str, value: str) -> None:
 
 def _sysctl_failed(key: str, value: str, error: OSError) -> OvtError:
     hint = f"this kernel has no sysctl {key}" if error.errno == ENOENT else ""
-    return HostError(f"write sysctl {key} = {value!r}: {posix.strerror(error.errno).lower()}", error.errno, hint)
+    return refused(f"write sysctl {key} = {value!r}", error, hint)

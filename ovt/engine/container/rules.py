@@ -4,8 +4,6 @@ Each function takes the part it reads and raises `Fault` with a path relative to
 (does the root filesystem exist, is a controller there) belong to the code that uses it.
 """
 
-from __future__ import annotations
-
 from ovt.engine.container.schema import Fault, member
 
 TYPE_CHECKING = False
@@ -23,7 +21,7 @@ DEADLINE_MAX = (1 << 63) - 1
 SECCOMP_RECEIVER = "run.oci.seccomp.receiver"
 
 
-def check_config(config: dict[str, Any], rootless: bool) -> None:
+def check_config(config: "dict[str, Any]", rootless: bool) -> None:
     """Every rule on a whole configuration; `rootless` when the caller has no privileges outside a user namespace."""
     linux = config.get("linux", {})
     spaces = _at(_namespaces, linux.get("namespaces", []), ".linux.namespaces")
@@ -42,7 +40,7 @@ def check_config(config: dict[str, Any], rootless: bool) -> None:
         raise Fault("rootless container requires user namespaces", ".linux.namespaces")
 
 
-def check_process(process: dict[str, Any]) -> None:
+def check_process(process: "dict[str, Any]") -> None:
     """The rules on a process, the container's first or one that `exec` adds."""
     if process.get("terminal") and "consoleSize" in process:
         for name, size in process["consoleSize"].items():
@@ -54,7 +52,7 @@ def check_process(process: dict[str, Any]) -> None:
         _at(_scheduler, process["scheduler"], ".scheduler")
 
 
-def check_resources(resources: dict[str, Any]) -> None:
+def check_resources(resources: "dict[str, Any]") -> None:
     """The rules on linux.resources, of a configuration or of `update`."""
     cpu = resources.get("cpu", {})
     if 0 < cpu.get("quota", 0) < cpu.get("burst", 0):
@@ -67,7 +65,7 @@ def check_resources(resources: dict[str, Any]) -> None:
             raise Fault("needs weight or leafWeight", f".blockIO.weightDevice[{index}]")
 
 
-def _at(check: Any, value: Any, path: str) -> Any:
+def _at(check: "Any", value: "Any", path: str) -> "Any":
     try:
         return check(value)
     except Fault as fault:
@@ -84,7 +82,7 @@ def _namespaces(entries: list[dict[str, str]]) -> dict[str, str]:
     return found
 
 
-def _rlimits(entries: list[dict[str, Any]]) -> None:
+def _rlimits(entries: "list[dict[str, Any]]") -> None:
     seen = set()
     for index, entry in enumerate(entries):
         if entry["type"] in seen:
@@ -95,7 +93,7 @@ def _rlimits(entries: list[dict[str, Any]]) -> None:
             raise Fault(reason, f".rlimits[{index}].soft")
 
 
-def _scheduler(scheduler: dict[str, Any]) -> None:
+def _scheduler(scheduler: "dict[str, Any]") -> None:
     policy = scheduler["policy"]
     realtime = policy in ("SCHED_FIFO", "SCHED_RR")
     if scheduler.get("priority", 0) and not realtime:
@@ -121,7 +119,7 @@ def _scheduler(scheduler: dict[str, Any]) -> None:
             raise Fault(f"{prefix} {name} {time} must be between {DEADLINE_MIN} and {DEADLINE_MAX} ns", member(name))
 
 
-def _mount(mount: dict[str, Any], spaces: dict[str, str]) -> None:
+def _mount(mount: "dict[str, Any]", spaces: dict[str, str]) -> None:
     uids, gids = mount.get("uidMappings", []), mount.get("gidMappings", [])
     for name, mappings, other in (("uidMappings", uids, gids), ("gidMappings", gids, uids)):
         if other and not mappings:
@@ -149,7 +147,7 @@ def _mappings(entries: list[dict[str, int]]) -> None:
             taken.append((first, end))
 
 
-def _linux(linux: dict[str, Any], spaces: dict[str, str], config: dict[str, Any], rootless: bool) -> None:
+def _linux(linux: "dict[str, Any]", spaces: dict[str, str], config: "dict[str, Any]", rootless: bool) -> None:
     _user_namespace(linux, spaces, rootless)
     if linux.get("timeOffsets") and spaces.get("time") != "":
         raise Fault("needs a new time namespace", ".timeOffsets")
@@ -172,7 +170,7 @@ def _linux(linux: dict[str, Any], spaces: dict[str, str], config: dict[str, Any]
         _at(_memory_policy, linux["memoryPolicy"], ".memoryPolicy")
 
 
-def _user_namespace(linux: dict[str, Any], spaces: dict[str, str], rootless: bool) -> None:
+def _user_namespace(linux: "dict[str, Any]", spaces: dict[str, str], rootless: bool) -> None:
     lists = {name: linux.get(name, []) for name in ("uidMappings", "gidMappings")}
     for name, mappings in lists.items():
         _at(_mappings, mappings, member(name))
@@ -184,7 +182,7 @@ def _user_namespace(linux: dict[str, Any], spaces: dict[str, str], rootless: boo
             raise Fault(f"{kind} requires at least one mapping", member(name))
 
 
-def _mapped_user(user: dict[str, Any], linux: dict[str, Any], spaces: dict[str, str]) -> None:
+def _mapped_user(user: "dict[str, Any]", linux: "dict[str, Any]", spaces: dict[str, str]) -> None:
     if spaces.get("user") != "":
         return
     checks = [("uid", user.get("uid", 0), "uidMappings"), ("gid", user.get("gid", 0), "gidMappings")]
@@ -195,7 +193,7 @@ def _mapped_user(user: dict[str, Any], linux: dict[str, Any], spaces: dict[str, 
             raise Fault(f"{number} is not mapped in the user namespace", f".process.user.{name}")
 
 
-def _devices(devices: list[dict[str, Any]]) -> None:
+def _devices(devices: "list[dict[str, Any]]") -> None:
     for index, device in enumerate(devices):
         for name in ("major", "minor"):
             if device["type"] != "p" and name not in device:
@@ -215,7 +213,7 @@ def _net_devices(devices: dict[str, dict[str, str]], spaces: dict[str, str], roo
         seen.add(inner)
 
 
-def _seccomp(filter_: dict[str, Any], receiver: str) -> None:
+def _seccomp(filter_: "dict[str, Any]", receiver: str) -> None:
     errno_actions = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
     default = filter_["defaultAction"]
     if default == "SCMP_ACT_NOTIFY":
@@ -232,7 +230,7 @@ def _seccomp(filter_: dict[str, Any], receiver: str) -> None:
             raise Fault("SCMP_ACT_NOTIFY needs listenerPath", f".syscalls[{index}].action")
 
 
-def _memory_policy(policy: dict[str, Any]) -> None:
+def _memory_policy(policy: "dict[str, Any]") -> None:
     # set_mempolicy(2)
     mode, flags = policy["mode"], policy.get("flags", [])
     nodes = policy.get("nodes", "").strip(" ,")

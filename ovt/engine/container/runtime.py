@@ -9,17 +9,20 @@ child of the calling process, which is to wait for it. Not safe for use by sever
 
 from __future__ import annotations
 
+import builtins
 import posix
 
-from ovt.errors import ConfigError, NotFound, OvtError, StateError
+from ovt.errors import NotFound, OvtError, StateError
 
 from . import state as states
-from .state import RUNNING, State
+from .state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
+
+    from ovt.kernel.cgroup import Cgroup
 
     from .create import Request as CreateRequest
     from .exec import Request as ExecRequest
@@ -136,7 +139,7 @@ class Runtime:
         """The OCI state."""
         return State.load(self.root, container_id).oci()
 
-    def list(self) -> list[dict[str, Any]]:
+    def list(self) -> builtins.list[dict[str, Any]]:
         """The OCI state of every container, by name; one with a damaged record has the status `damaged`."""
         entries = []
         for name in states.list_ids(self.root):
@@ -148,7 +151,7 @@ class Runtime:
                 entries.append({"id": name, "status": "damaged", "pid": 0, "error": error.message})
         return entries
 
-    def pids(self, container_id: str) -> list[int]:
+    def pids(self, container_id: str) -> builtins.list[int]:
         """All processes of the container, as the host numbers them."""
         state = State.load(self.root, container_id)
         if not state.record.get("cgroup"):
@@ -172,7 +175,7 @@ class Runtime:
         configs.validate_resources(resources)
         self._running_cgroup(container_id, "update").apply(resources, update=True)
 
-    def _running_cgroup(self, container_id: str, verb: str):  # type: ignore[no-untyped-def]
+    def _running_cgroup(self, container_id: str, verb: str) -> Cgroup:
         from ovt.kernel import cgroup
 
         state = State.load(self.root, container_id)
@@ -182,5 +185,3 @@ class Runtime:
             raise StateError(f"cannot {verb} {container_id}: it has no cgroup")
         return cgroup.restore(state.record["cgroup"])
 
-
-__all__ = ["RUNNING", "ConfigError", "Runtime", "State"]

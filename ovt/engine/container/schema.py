@@ -6,8 +6,6 @@ nothing for paths. As in the Go readers of these documents, a member that is nul
 unknown members are left alone (spec: a runtime MUST NOT generate an error for them).
 """
 
-from __future__ import annotations
-
 from _json import encode_basestring_ascii
 
 TYPE_CHECKING = False
@@ -24,7 +22,7 @@ class Fault(Exception):
         self.message = message
         self.path = list(path)
 
-    def below(self, part: str) -> Fault:
+    def below(self, part: str) -> "Fault":
         """The same fault, seen from one level up."""
         self.path.append(part)
         return self
@@ -52,7 +50,7 @@ def describe(value: object) -> str:
     return {type(None): "null", list: "an array", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
 
 
-def _refuse(expected: str, value: object) -> NoReturn:
+def _refuse(expected: str, value: object) -> "NoReturn":
     raise Fault(f"must be {expected}, not {describe(value)}")
 
 
@@ -65,7 +63,7 @@ class Node:
         """Raises Fault unless `value` is of this kind."""
         raise NotImplementedError
 
-    def children(self) -> Iterator[tuple[str, Node]]:
+    def children(self) -> "Iterator[tuple[str, Node]]":
         """Pairs of path part (`.name`, `[]` for the items of an array, `{}` for the values of a map) and node."""
         return iter(())
 
@@ -101,7 +99,7 @@ class String(Node):
 
     __slots__ = ("form",)
 
-    def __init__(self, form: Callable[[str], str] | None = None) -> None:
+    def __init__(self, form: "Callable[[str], str] | None" = None) -> None:
         self.form = form
 
     def check(self, value: object) -> None:
@@ -120,7 +118,7 @@ class Choice(Node):
 
     __slots__ = ("noun", "values")
 
-    def __init__(self, noun: str, values: Iterable[str]) -> None:
+    def __init__(self, noun: str, values: "Iterable[str]") -> None:
         self.noun = noun
         self.values = tuple(values)
 
@@ -136,12 +134,12 @@ class Array(Node):
 
     __slots__ = ("item", "minimum", "plain")
 
-    def __init__(self, item: Node, minimum: int = 0) -> None:
+    def __init__(self, item: "Node", minimum: int = 0) -> None:
         self.item = item
         self.minimum = minimum
         self.plain = type(item) is String and item.form is None
 
-    def children(self) -> Iterator[tuple[str, Node]]:
+    def children(self) -> "Iterator[tuple[str, Node]]":
         yield "[]", self.item
 
     def check(self, value: object) -> None:
@@ -171,11 +169,11 @@ class Map(Node):
 
     __slots__ = ("form", "item")
 
-    def __init__(self, item: Node, form: Callable[[str], str] | None = None) -> None:
+    def __init__(self, item: "Node", form: "Callable[[str], str] | None" = None) -> None:
         self.item = item
         self.form = form
 
-    def children(self) -> Iterator[tuple[str, Node]]:
+    def children(self) -> "Iterator[tuple[str, Node]]":
         yield "{}", self.item
 
     def check(self, value: object) -> None:
@@ -199,11 +197,11 @@ class Object(Node):
 
     __slots__ = ("fields", "required")
 
-    def __init__(self, fields: dict[str, Node], required: tuple[str, ...] = ()) -> None:
+    def __init__(self, fields: "dict[str, Node]", required: tuple[str, ...] = ()) -> None:
         self.fields = fields
         self.required = required
 
-    def children(self) -> Iterator[tuple[str, Node]]:
+    def children(self) -> "Iterator[tuple[str, Node]]":
         for name, node in self.fields.items():
             yield f".{name}", node
 

@@ -4,8 +4,6 @@ The same in substance as what other runtimes write, because people and scripts e
 `ovt run` gives a container is not here but in `bundle.py`.
 """
 
-from __future__ import annotations
-
 import posix
 
 from ovt.engine.container.state import OCI_VERSION
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 _CAPABILITIES = ("CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE")
 
 
-def spec(rootless: bool = False) -> dict[str, Any]:
+def spec(rootless: bool = False) -> "dict[str, Any]":
     """A new configuration; `rootless`: for the calling user's own ids, in a user namespace and without limits."""
     namespaces = ["pid", "network", "ipc", "uts", "mount"]
     if _unified():
@@ -54,7 +52,7 @@ def spec(rootless: bool = False) -> dict[str, Any]:
     }
 
 
-def _process() -> dict[str, Any]:
+def _process() -> "dict[str, Any]":
     return {
         "terminal": True,
         "user": {"uid": 0, "gid": 0},
@@ -67,7 +65,7 @@ def _process() -> dict[str, Any]:
     }
 
 
-def _mounts(rootless: bool) -> list[dict[str, Any]]:
+def _mounts(rootless: bool) -> "list[dict[str, Any]]":
     confined = ["nosuid", "noexec", "nodev"]
     terminals = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
     if rootless:
@@ -87,7 +85,7 @@ def _mounts(rootless: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _mount(destination: str, kind: str, source: str, options: list[str]) -> dict[str, Any]:
+def _mount(destination: str, kind: str, source: str, options: list[str]) -> "dict[str, Any]":
     return {"destination": destination, "type": kind, "source": source, "options": options}
 
 

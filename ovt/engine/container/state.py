@@ -8,12 +8,18 @@ What is written here is enough for `delete` after a kill -9 at any point: the re
 is, and extended before each thing that would have to be undone. The status is never stored, it is derived.
 """
 
+from __future__ import annotations
+
 import posix
 import time
 from errno import EEXIST
 
-from ovt.errors import Conflict, HostError, NotFound, OvtError, UsageError
+from ovt.errors import Conflict, HostError, NotFound, OvtError, UsageError, refused
 from ovt.kernel import jsonc, procfs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 OCI_VERSION = "1.3.0"
 STATE = "state.json"
@@ -53,10 +59,7 @@ def make_root(root: str) -> None:
         except FileExistsError:
             continue
         except OSError as error:
-            raise HostError(
-                f"cannot make the state directory {root}: {posix.strerror(error.errno)}",
-                error.errno,
-                "choose another with --root",
+            raise refused(f"cannot make the state directory {root}", error, "choose another with --root",
             ) from None
     status = posix.stat(root)
     if status.st_uid not in (0, posix.geteuid()):
@@ -68,7 +71,7 @@ class State:
 
     __slots__ = ("id", "path", "record")
 
-    def __init__(self, root: str, container_id: str, record: dict) -> None:
+    def __init__(self, root: str, container_id: str, record: dict[str, Any]) -> None:
         self.id = container_id
         self.path = f"{root}/{container_id}"
         self.record = record
@@ -76,7 +79,7 @@ class State:
     # making, loading, removing
 
     @classmethod
-    def make(cls, root: str, container_id: str, record: dict) -> "State":
+    def make(cls, root: str, container_id: str, record: dict[str, Any]) -> State:
         """Claim the name: the directory comes into being with its record in it. Conflict when the name is taken."""
         make_root(root)
         temporary = f"{root}/.{container_id[:200]}.{posix.getpid()}"
@@ -96,7 +99,7 @@ class State:
         return state
 
     @classmethod
-    def load(cls, root: str, container_id: str) -> "State":
+    def load(cls, root: str, container_id: str) -> State:
         """Read the record. NotFound when there is none; OvtError when it is damaged."""
         check_id(container_id)
         path = f"{root}/{container_id}/{STATE}"
@@ -157,7 +160,7 @@ class State:
 
         return cgroup.restore(self.record["cgroup"]).frozen()
 
-    def oci(self) -> dict:
+    def oci(self) -> dict[str, Any]:
         """The state as the runtime-spec has it, with the additions that callers of runc read."""
         status = self.status()
         return {

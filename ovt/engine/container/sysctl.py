@@ -4,8 +4,6 @@
 and not the runtime's own, because everything else would change the host (CVE-2022-0811). Writes nothing.
 """
 
-from __future__ import annotations
-
 import posix
 
 from ovt.engine.container.schema import Fault, member

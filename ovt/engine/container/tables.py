@@ -4,8 +4,6 @@ Sections of other platforms (vm, solaris, windows, zos, freebsd) are not here, s
 What depends on more than one value is in `rules.py`. Member names are the specification's.
 """
 
-from __future__ import annotations
-
 from ovt.engine.container import formats
 from ovt.engine.container.schema import Array, Boolean, Choice, Integer, Map, Object, String
 

@@ -8,6 +8,8 @@ The numbers are those of the Linux system call tables of x86_64 and of the gener
 import posix
 from _struct import Struct, pack, pack_into
 
+from ovt.kernel.syscalls import CLONE_INTO_CGROUP
+
 MAGIC = 0x3154564F
 IGNORE_ERROR = 1
 PARENT_ENDS = 2
@@ -153,7 +155,11 @@ class Tape:
         self._add("store", _STORE32, 0, 0, (at, value))
 
     def clone(self, what: str, flags: int, cgroup_fd: int = -1) -> None:
-        """clone3(2): the parent reports the child's pid (in its own pid namespace) and ends; the child plays on."""
+        """clone3(2): the parent reports the child's pid (in its own pid namespace) and ends; the child plays on.
+
+        With `cgroup_fd` (a cgroup2 directory) the child is born there: no migration, no wait for a grace period.
+        """
+        flags |= CLONE_INTO_CGROUP if cgroup_fd >= 0 else 0
         raw = pack("=11Q", flags, 0, 0, 0, 0, 0, 0, 0, 0, 0, max(cgroup_fd, 0))
         self.call(what, "clone3", self.data(raw), len(raw), flags=PARENT_ENDS)
 

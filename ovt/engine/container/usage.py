@@ -76,6 +76,29 @@ def _resident(pids: list[int]) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def process(pid: int) -> dict[str, Any] | None:
+    """What /proc says of one process (proc(5)); None when it has just ended."""
+    try:
+        status = dict(line.split(":\t", 1) for line in procfs.read(f"/proc/{pid}/status").splitlines() if ":\t" in line)
+        command = procfs.read(f"/proc/{pid}/cmdline").rstrip("\0").replace("\0", " ")
+        fields = procfs.stat_fields(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    if fields is None:
+        return None
+    ticks = os.sysconf("SC_CLK_TCK")
+    seconds = (int(fields[11]) + int(fields[12])) / ticks
+    return {
+        "pid": int(status["NSpid"].split()[-1]),
+        "host_pid": pid,
+        "host_uid": int(status["Uid"].split()[0]),
+        "state": fields[0],
+        "cpu_seconds": round(seconds, 2),
+        "memory": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+        "command": command or f"[{status['Name']}]",
+    }
+
+
 def same_pid_namespace(pid: int) -> list[int]:
     """All processes in the pid namespace of `pid`, for containers without a cgroup."""
     try:

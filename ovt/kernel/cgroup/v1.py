@@ -88,6 +88,25 @@ class V1(Cgroup):
         return list(dict.fromkeys(self.paths.values()))
 
     def create(self) -> None:
+        self._make()
+        if self.kept:
+            for directory in self.kept:
+                refuse_used(directory)
+            if self.frozen():
+                raise HostError(
+                    f"container's cgroup unexpectedly frozen: {self.paths['freezer']}",
+                    0,
+                    f"thaw it (echo THAWED > {self._state()}), or choose another linux.cgroupsPath",
+                )
+        self.made = True
+
+    def adopt(self) -> None:
+        """Take over the cgroups that systemd has made, whatever is in them, and make those it has not."""
+        self._make()
+        self.kept.clear()
+        self.made = True
+
+    def _make(self) -> None:
         mount_of = {directory: self.mounts[name] for name, directory in self.paths.items()}
         for directory, mount in mount_of.items():
             try:
@@ -105,16 +124,8 @@ class V1(Cgroup):
                 continue
             if not fresh:
                 self.kept.append(directory)
-                refuse_used(directory)
-        if self.kept and self.frozen():
-            raise HostError(
-                f"container's cgroup unexpectedly frozen: {self.paths['freezer']}",
-                0,
-                f"thaw it (echo THAWED > {self.paths['freezer']}/freezer.state), or choose another linux.cgroupsPath",
-            )
         if "cpuset" in self.paths:
             _inherit_cpuset(self.paths["cpuset"], self.mounts["cpuset"])
-        self.made = True
 
     def attach(self, pid: int, sub: str = "", init: int = 0) -> None:
         for directory in self._targets(sub):

@@ -94,6 +94,14 @@ class V2(Cgroup):
         self.made = True
         self.enable()
 
+    def adopt(self) -> None:
+        """Take over a cgroup that systemd has made, whatever is in it, and make those below that are missing."""
+        try:
+            make_directories(self.directory, self.mount)
+        except OSError as error:
+            raise HostError(f"cannot make cgroup {self.directory}: {error.strerror}", error.errno or 0) from error
+        self.made = True
+
     def enable(self) -> None:
         """Turn on, from the mount down, every controller that can be; those that cannot are reported by `apply`."""
         available = read_or(self.mount + "/cgroup.controllers")

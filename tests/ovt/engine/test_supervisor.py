@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def child(*argv: str) -> Callable[[Stdio], int]:
                     os.dup2(fd, number)
                 if stdio.tty:
                     os.close(os.open(os.ttyname(0), os.O_RDWR))  # makes it the controlling terminal
-                os.execv(argv[0], argv)
+                os.execve(argv[0], argv, {"PATH": os.environ["PATH"]})  # readline gives pytest LINES and COLUMNS
             finally:
                 os._exit(127)
         return pid
@@ -342,6 +343,40 @@ def test_kill_at_any_time_leaves_whole_files(home: str) -> None:
     assert 0 < recorded < 40
 
 
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize(
+    "point",
+    ["openat:when=4", "openat:when=5", "bind", "listen", "fallocate", "write:when=1", "write:when=2", "write:when=3",
+     "waitid", "wait4:when=2", "pwrite64", "ftruncate", "fsync:when=1", "renameat", "fsync:when=2", "unlinkat", "execve"],
+)  # fmt: skip
+def test_kill_within_a_system_call_leaves_whole_files(home: str, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    killing = Path(home, "killing")
+    call, _, when = point.partition(":")
+    options = f"-e trace={call} -e inject={call}:signal=KILL:{when or 'when=1'}"
+    killing.write_text(f'#!/bin/sh\nexec strace -D -o {home}/trace {options} {supervisor.PROGRAM} "$@"\n')
+    killing.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor, "PROGRAM", str(killing))
+        try:
+            known = supervisor.launch(
+                home, sh("sleep 0.1; echo one; sleep 0.1; echo two"), log=f"{home}/log", exit_command=[BUSYBOX, "true"]
+            )
+        except HostError:
+            known = supervisor.info(home)
+    until(lambda: not supervisor.alive(home))
+    assert "killed by SIGKILL" in Path(home, "trace").read_text()
+    if record := supervisor.exit_record(home):
+        assert record.code == 0
+    else:
+        with pytest.raises(StateError):
+            supervisor.wait(home)
+    if Path(home, "log").exists():
+        assert output(home) in (b"", b"one\n", b"one\ntwo\n")
+    until(lambda: start_time(known.child_pid) != known.child_start_time)
+    assert run(home, "echo new; exit 3").code == 3
+    assert output(home).endswith(b"new\n")
+
+
 @pytest.mark.root
 def test_a_full_disk_costs_log_records_and_nothing_else(home: str) -> None:
     disk = f"{home}/disk"
@@ -352,15 +387,11 @@ def test_a_full_disk_costs_log_records_and_nothing_else(home: str) -> None:
             f"i=0; while [ $i -lt 4000 ]; do echo this is line number $i of many; i=$((i+1)); done; touch {home}/written;"
             f"while [ ! -e {home}/freed ]; do sleep 0.02; done; echo after; exit 9"
         )
+        Path(disk, "ballast").write_bytes(bytes(100_000))
         supervisor.launch(disk, sh(script), log=f"{disk}/log", log_max=1 << 20)
         until(lambda: Path(home, "written").exists())
-        Path(disk, "log.1").write_bytes(b"")  # an inode is there; now use up every page that is left
-        with open(f"{disk}/fill", "wb", buffering=0) as file, pytest.raises(OSError):
-            while True:
-                file.write(bytes(4096))
-        os.unlink(f"{disk}/fill")
         assert b"number 100 " in output(disk) and b"number 3999 " not in output(disk)
-        os.truncate(f"{disk}/log", 4096 * 10)
+        os.unlink(f"{disk}/ballast")
         Path(home, "freed").touch()
         assert supervisor.wait(disk, 20).code == 9
         records = list(supervisor.read_log(f"{disk}/log"))

@@ -1,0 +1,89 @@
+"""What killed commands leave behind, found and finished: half-made instances, guests that nobody watches, their traces.
+
+A command that is at work holds its instance's lock: what is locked is never taken for a leftover.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ovt.engine import supervised
+from ovt.engine.base import Leftover
+from ovt.errors import Conflict, NotFound
+from ovt.model import LIVE, Instance, Kind, Spec, Status
+
+if TYPE_CHECKING:
+    from ovt.host import Host
+
+
+def find(host: Host, fix: bool = False) -> list[Leftover]:
+    """Everything left behind; with `fix` it is finished or taken away at once."""
+    found = _unfinished(host, fix)
+    damaged: list[str] = []
+    for instance in host.store.load_all(damaged):
+        try:
+            with host.store.locked(instance.id, wait=False) as fresh:
+                found += _of_instance(host, fresh, fix)
+        except (Conflict, NotFound):
+            continue  # being changed, or just deleted
+    for id in damaged:
+        found.append(Leftover("record", id, f"its record cannot be read: ovt delete --force {id} removes it"))
+    found += host.engine.leftovers(lambda id: os.path.isdir(host.store.home(id)), fix)
+    return found
+
+
+def _unfinished(host: Host, fix: bool) -> list[Leftover]:
+    found = []
+    for path in host.store.unfinished():
+        name = os.path.basename(path)
+        if os.path.islink(path):
+            found.append(Leftover("name", name, "no instance has it"))
+            if fix:
+                os.unlink(path)
+            continue
+        id = name.removeprefix(".new-").removeprefix(".gone-")
+        half = "made" if name.startswith(".new-") else "removed"
+        found.append(Leftover("instance", id, f"half {half}"))
+        if fix:
+            ghost = Instance(id, "", Kind.CONTAINER, 0.0, Spec(""))
+            host.engine.cleanup(ghost, path)
+            host.engine.destroy(ghost, path)
+            shutil.rmtree(path)
+    return found
+
+
+def _of_instance(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
+    """Only inside `locked`."""
+    home = host.store.home(instance.id)
+    status = host.store.observe(instance)
+
+    def clean(new: Status) -> None:
+        host.engine.cleanup(instance, home)
+        host.store.save(instance._replace(status=new, pid=0, start_time=0))
+
+    if status is Status.BROKEN:
+        new = Status.STOPPED if instance.started else Status.CREATED
+        return _finish(instance, "the command that changed it was killed", fix, lambda: clean(new))
+    if instance.status in LIVE and not _watched(home):
+        reason = "its supervisor was killed while it ran" if status in LIVE else "nobody wrote down its end"
+        return _finish(instance, reason, fix, lambda: clean(Status.STOPPED))
+    if status not in LIVE and instance.status not in LIVE and status is not Status.RESTARTING:
+        if host.engine.status(instance) in {*LIVE, Status.CREATED}:
+            return _finish(instance, f"it is {status.value}, and its container lives", fix, lambda: clean(status))
+    return []
+
+
+def _watched(home: str) -> bool:
+    try:
+        return supervised.alive(home)
+    except NotFound:
+        return False
+
+
+def _finish(instance: Instance, reason: str, fix: bool, action: Callable[[], None]) -> list[Leftover]:
+    if fix:
+        action()
+    return [Leftover("instance", instance.name, reason)]
