@@ -347,8 +347,8 @@ class Host:
             status = self.store.observe(instance)
             if status in IDLE and instance.status not in LIVE:
                 return instance.exit_code
-            if status in LIVE:
-                record = exits.wait_for_record(self.store.home(id), 1.0)
+            if instance.status in LIVE:  # alive, or dead and removed with its record as soon as it is settled
+                record = exits.wait_for_record(self.store.home(id), 1.0 if status in LIVE else 0.0)
                 code = record.code if record else code
             else:
                 time.sleep(0.05)

@@ -112,6 +112,10 @@ def _dispatch(args: list[str], globals_: Globals) -> int:
     globals_.log = options.get("log", [""])[-1]
     globals_.log_format = options.get("log-format", ["text"])[-1]
     globals_.debug = "debug" in options
+    if globals_.log_format not in ("text", "json"):
+        raise UsageError(f"unknown log-format {globals_.log_format!r}", "text or json")
+    if globals_.log:
+        posix.close(_open_log(globals_))  # a log that cannot be written is told before anything is done
     globals_.systemd_cgroup = "systemd-cgroup" in options
     globals_.cgroup_manager = options.get("cgroup-manager", ["systemd" if globals_.systemd_cgroup else "cgroupfs"])[-1]
     if not words or "help" in options or "h" in options or words[0] == "help":
@@ -161,8 +165,12 @@ def _write_log(globals_: Globals, line: str) -> None:
         text = jsonc.dumps({"level": "error", "msg": line, "time": now()})
     else:
         text = f'time="{now()}" level=error msg="{line}"'
-    fd = posix.open(globals_.log, posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC, 0o600)
+    fd = _open_log(globals_)
     try:
         posix.write(fd, f"{text}\n".encode("utf-8", "surrogateescape"))
     finally:
         posix.close(fd)
+
+
+def _open_log(globals_: Globals) -> int:
+    return posix.open(globals_.log, posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC, 0o600)

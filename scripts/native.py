@@ -15,16 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 HARDENING = ["-Wl,-z,noexecstack", "-Wl,--build-id=none"]
 
-# ovt-init has no libc under it: no start files, no stack protector, no unwind tables.
+# They have no libc under them: no start files, no stack protector, no unwind tables.
 FREESTANDING = [
     *["-static", "-nostdlib", "-nostartfiles", "-ffreestanding", "-fno-pie", "-no-pie", "-Os", "-fomit-frame-pointer"],
     *["-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-builtin", "-fcf-protection=none"],
     *["-Wl,-z,norelro", "-Wl,--gc-sections", "-s"],
 ]
-HOSTED = ["-static", "-O2", "-s"]
 PROGRAMS = {
     "ovt-init": ("ovt/engine/container/init.c", FREESTANDING),
-    "ovt-supervisor": ("ovt/engine/supervisor.c", HOSTED),
+    "ovt-supervisor": ("ovt/engine/supervisor.c", FREESTANDING),
 }
 
 
@@ -50,7 +49,8 @@ def build(root: Path = ROOT) -> list[Path]:
         if not source.exists():
             missing.append(source_name)
             continue
-        newest = max(source.stat().st_mtime, Path(__file__).stat().st_mtime)
+        # with all C files beside it, as one may include another
+        newest = max(path.stat().st_mtime for path in (*source.parent.glob("*.c"), Path(__file__)))
         if target.exists() and target.stat().st_mtime >= newest:
             continue
         target.parent.mkdir(exist_ok=True)

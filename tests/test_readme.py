@@ -110,7 +110,8 @@ def test_example(block: Block, environment: dict[str, str], tmp_path: Path) -> N
                 cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=100,
             )  # fmt: skip
         printed = log.read_text().splitlines()
-        assert same(step.output, printed), f"$ {step.command}\n" + "\n".join(["expected:", *step.output, "got:", *printed])
+        told = [f"$ {step.command}", "expected:", *step.output, "got:", *printed]
+        assert same(step.output, printed), "\n".join(told)
 
 
 def test_files_that_the_readme_names_exist() -> None:

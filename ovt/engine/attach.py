@@ -141,6 +141,8 @@ class _Session:
         """Tell the guest how large our terminal is; the handler of SIGWINCH."""
         for fd in self.terminals:
             size = os.get_terminal_size(fd)
+            if not size.lines or not size.columns:
+                return  # nobody knows: serial lines, some recorders
             # straight to the socket: this may interrupt the loop anywhere; a lost one is repaired by the next
             try:
                 self.guest.send(b"W" + size.lines.to_bytes(2, "big") + size.columns.to_bytes(2, "big"))

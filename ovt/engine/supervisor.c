@@ -7,7 +7,7 @@
  * guest's output to the log and to attach clients, reaps the guest, writes DIR/exit.json and becomes the exit
  * command. It is not a daemon, knows no policy, and never holds the guest up for the log or an ordinary client.
  * All memory is static or, for what a client has not taken, one lazily mapped queue: a supervisor that waits costs
- * little more than its stack. Hence no stdio, no malloc, no locale. Needs Linux 5.9 (close_range).
+ * little more than its stack, and no libc is linked (freestanding.c). Needs Linux 5.9 (close_range).
  *
  * Log: CRI lines, `2026-11-22T16:00:00.000000000Z stdout F text`; P instead of F where the line goes on.
  * Attach: DIR/attach.sock is SOCK_SEQPACKET; every packet is one letter and its data.
@@ -22,27 +22,7 @@
  *                 B            too many clients
  * Closing the socket is detaching.
  */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>               /* renameat is declared there; none of its streams is used */
-#include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/signalfd.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/un.h>
-#include <sys/wait.h>
-#include <termios.h>
-#include <time.h>
-#include <unistd.h>
+#include "freestanding.c"
 
 enum {
     CHUNK = 16384,           /* longest piece of output in one read, packet or log record */
@@ -67,7 +47,8 @@ static struct client clients[CLIENTS];
 static struct { char *data; size_t length; int failed; } queue;    /* [length, 2 bytes][packet] … */
 static struct { int fd; char name[8]; unsigned char kind, in_line; } outputs[2] = {
     { -1, "stdout", 'O', 0 }, { -1, "stderr", 'E', 0 } };
-static struct { int fd, tty, offset, length; char packet[CHUNK + 1]; } input = { .fd = -1 };
+static struct { int fd, tty, offset, length; } input = { .fd = -1 };
+static char packet_in[CHUNK + 1];   /* the last packet of a client; the part of it that the guest has yet to take is in input */
 static struct { int directory, fd, files, error; const char *name; uint64_t size, max, lost_lines, lost_bytes; } logging = {
     .directory = -1, .fd = -1, .files = 1, .max = UINT64_MAX };
 static char batch[BATCH], chunk[CHUNK + 1];
@@ -79,7 +60,20 @@ static mode_t callers_umask;
 
 /* text without stdio */
 
-static char *put(char *at, const char *text) { return stpcpy(at, text); }
+static char *put(char *at, const char *text) { return (char *)memcpy(at, text, strlen(text) + 1) + strlen(text); }
+
+static char *put_some(char *at, const char *text, size_t most) {
+    size_t n = strlen(text) < most ? strlen(text) : most;
+    at = mempcpy(at, text, n);
+    *at = 0;
+    return at;
+}
+
+static uint64_t number(const char *text) {
+    uint64_t value = 0;
+    for (; *text >= '0' && *text <= '9'; text++) value = value * 10 + (*text - '0');
+    return value;
+}
 
 static char *put_number(char *at, uint64_t value, int width) {
     char digits[20];
@@ -120,7 +114,7 @@ static int64_t milliseconds(void) {
 
 static void fail(const char *what) {
     char text[512], *at = put(text, "E");
-    at = put(put_number(put(stpncpy(at, what, 300), ": errno "), errno, 1), "\n");
+    at = put(put_number(put(put_some(at, what, 300), ": errno "), errno, 1), "\n");
     if (guest > 0) {
         kill(guest, SIGKILL);
         waitpid(guest, NULL, 0);
@@ -134,7 +128,7 @@ static void fail(const char *what) {
 static void log_open(void) {
     char last = '\n';
     struct stat seen;
-    logging.fd = openat(logging.directory, logging.name, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    logging.fd = open_at(logging.directory, logging.name, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (logging.fd < 0) {
         logging.error = errno;
         return;
@@ -170,7 +164,7 @@ static size_t log_append(const char *data, size_t length) {
     size_t kept = n < 0 ? 0 : n;
     if (kept < length) {
         logging.error = n < 0 ? errno : ENOSPC;
-        const char *end = kept ? memrchr(data, '\n', kept) : NULL;
+        const char *end = kept ? find_last(data, '\n', kept) : NULL;
         size_t whole = end ? (size_t)(end + 1 - data) : 0;
         if (kept > whole && ftruncate(logging.fd, logging.size + whole) == 0) kept = whole;
     }
@@ -197,7 +191,7 @@ static void log_output(int stream, const char *data, size_t length) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     while (length) {
-        const char *newline = memchr(data, '\n', length);
+        const char *newline = find(data, '\n', length);
         size_t n = newline ? (size_t)(newline - data) : length, space = n + 48;
         if (batched && (batched + space > BATCH || batched + space > logging.max)) log_flush(&now);
         char *at = put(put(put_time(batch + batched, &now), " "), outputs[stream].name);
@@ -302,7 +296,7 @@ static void input_close(void) {
 
 static void input_flush(void) {
     while (input.length) {
-        ssize_t n = write(input.fd, input.packet + input.offset, input.length);
+        ssize_t n = write(input.fd, packet_in + input.offset, input.length);
         if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
         if (n < 0 && input.tty) {              /* nobody has the terminal open: like a key pressed too early */
             input.length = 0;
@@ -321,19 +315,19 @@ static void input_end(void) {
     struct termios modes;
     if (!input.tty) {
         input_close();
-    } else if (tcgetattr(input.fd, &modes) == 0 && (modes.c_lflag & ICANON)) {
-        input.packet[1] = modes.c_cc[VEOF];
+    } else if (control_device(input.fd, TCGETS, &modes) == 0 && (modes.c_lflag & ICANON)) {
+        packet_in[1] = modes.c_cc[VEOF];
         input.offset = input.length = 1;
         input_flush();
     }
 }
 
-/* One packet; never called while input waits for the guest, because its buffer is input.packet. */
+/* One packet; never called while input waits for the guest, because its buffer is packet_in. */
 static void client_read(struct client *c) {
-    ssize_t n = recv(c->fd, input.packet, sizeof input.packet, MSG_DONTWAIT | MSG_TRUNC);
+    ssize_t n = recv(c->fd, packet_in, sizeof packet_in, MSG_DONTWAIT | MSG_TRUNC);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    const unsigned char *packet = (unsigned char *)input.packet;
-    if (n <= 0 || n > (ssize_t)sizeof input.packet || (!c->greeted && (packet[0] != 'H' || n != 2))) {
+    const unsigned char *packet = (unsigned char *)packet_in;
+    if (n <= 0 || n > (ssize_t)sizeof packet_in || (!c->greeted && (packet[0] != 'H' || n != 2))) {
         client_close(c);
     } else if (packet[0] == 'H' && n == 2) {
         char answer[2] = { 'A', (input.tty ? 1 : 0) | (input.fd >= 0 ? 2 : 0) };
@@ -348,7 +342,7 @@ static void client_read(struct client *c) {
         input_end();
     } else if (packet[0] == 'W' && n == 5 && input.tty && outputs[0].fd >= 0) {
         struct winsize size = { .ws_row = packet[1] << 8 | packet[2], .ws_col = packet[3] << 8 | packet[4] };
-        ioctl(outputs[0].fd, TIOCSWINSZ, &size);
+        control_device(outputs[0].fd, TIOCSWINSZ, &size);
     }
 }
 
@@ -409,7 +403,7 @@ static int exit_record(const struct timespec *when) {
     at = put_number(put(at, ", \"code\": "), exit_code(), 1);
     if (WIFSIGNALED(status)) at = put_number(put(at, ", \"signal\": "), WTERMSIG(status), 1);
     at = put(put_time(put(at, ", \"finished\": \""), when), "\"}\n");
-    int fd = openat(directory, ".exit.json", O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+    int fd = open_at(directory, ".exit.json", O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0) return 0;
     int done = pwrite(fd, text, at - text, 0) == at - text && ftruncate(fd, at - text) == 0 && fsync(fd) == 0;
     close(fd);
@@ -461,14 +455,12 @@ static void finish(char **command) {
         if (pid == 0) _exit(0);
     }
     if (!command) _exit(recorded ? 0 : 1);
-    sigset_t none;
-    sigemptyset(&none);
-    signal(SIGHUP, SIG_DFL);
-    signal(SIGPIPE, SIG_DFL);
-    signal(SIGXFSZ, SIG_DFL);
-    sigprocmask(SIG_SETMASK, &none, NULL);
+    signal_action(SIGHUP, SIG_DFL);
+    signal_action(SIGPIPE, SIG_DFL);
+    signal_action(SIGXFSZ, SIG_DFL);
+    signal_mask(0);
     umask(callers_umask);
-    prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0);
+    control_process(PR_SET_CHILD_SUBREAPER, 0);
     execv(command[0], command);
     _exit(127);
 }
@@ -481,42 +473,42 @@ static void keep_only(int *keep, int count) {
         unsigned next = ~0U;
         for (int i = 0; i < count; i++)
             if (keep[i] >= (int)low && (unsigned)keep[i] < next) next = keep[i];
-        if (next > low && syscall(SYS_close_range, low, next == ~0U ? next : next - 1, 0) < 0) fail("close_range");
+        if (next > low && close_fds(low, next == ~0U ? next : next - 1) < 0) fail("close_range");
         if (next == ~0U) return;
-        fcntl(next, F_SETFD, FD_CLOEXEC);
+        control_fd(next, F_SETFD, FD_CLOEXEC);
         low = next + 1;
     }
 }
 
 static void nonblocking(int fd) {
-    if (fd >= 0 && fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) < 0) fail("a descriptor for standard streams");
+    if (fd >= 0 && control_fd(fd, F_SETFL, control_fd(fd, F_GETFL, 0) | O_NONBLOCK) < 0) fail("a descriptor for standard streams");
 }
 
 static void listen_at(const char *path) {
     struct sockaddr_un address = { AF_UNIX, "attach.sock" };
     struct stat unused;
-    directory = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    directory = open_at(AT_FDCWD, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
     if (directory < 0 || fchdir(directory) < 0) fail(path);
-    unlink("attach.sock");
+    unlinkat(directory, "attach.sock", 0);
     callers_umask = umask(0177);
     listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     /* bound by its last name alone: sun_path holds 107 characters, instance directories may be longer */
     if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) < 0 || listen(listener, 64) < 0)
         fail("attach.sock");
     /* the guest's end must be recorded even when the disk is full by then: take the space now */
-    int fd = openat(directory, ".exit.json", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+    int fd = open_at(directory, ".exit.json", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0 || (fallocate(fd, 0, 0, 256) < 0 && errno != EOPNOTSUPP) || fstat(fd, &unused) < 0) fail(".exit.json");
     close(fd);
 }
 
 static void log_at(char *path) {
-    char *slash = strrchr(path, '/');
+    char *slash = (char *)find_last(path, '/', strlen(path));
     if (!slash || strlen(slash + 1) > 255 - 12) {
         errno = EINVAL;
         fail("--log");
     }
     *slash = 0;
-    logging.directory = open(*path ? path : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    logging.directory = open_at(AT_FDCWD, *path ? path : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
     logging.name = slash + 1;
     if (logging.directory < 0) fail("--log");
     log_open();
@@ -554,22 +546,22 @@ static void serve(void) {
     }
 }
 
-int main(int argc, char **argv) {
+static int run(int argc, char **argv) {
     char *path = NULL, *log = NULL, *name = NULL, **command = NULL;
     for (int i = 1; i + 1 < argc && !command; i += 2) {
         const char *key = argv[i];
         char *value = argv[i + 1];
-        if (!strcmp(key, "--pid")) guest = atoi(value);
+        if (!strcmp(key, "--pid")) guest = number(value);
         else if (!strcmp(key, "--dir")) path = value;
         else if (!strcmp(key, "--name")) name = value;
-        else if (!strcmp(key, "--stdin")) input.fd = atoi(value);
-        else if (!strcmp(key, "--stdout")) outputs[0].fd = atoi(value);
-        else if (!strcmp(key, "--stderr")) outputs[1].fd = atoi(value);
-        else if (!strcmp(key, "--pty")) outputs[0].fd = atoi(value), input.tty = 1;
+        else if (!strcmp(key, "--stdin")) input.fd = number(value);
+        else if (!strcmp(key, "--stdout")) outputs[0].fd = number(value);
+        else if (!strcmp(key, "--stderr")) outputs[1].fd = number(value);
+        else if (!strcmp(key, "--pty")) outputs[0].fd = number(value), input.tty = 1;
         else if (!strcmp(key, "--log")) log = value;
-        else if (!strcmp(key, "--log-max")) logging.max = strtoull(value, NULL, 10);
-        else if (!strcmp(key, "--log-files")) logging.files = atoi(value);
-        else if (!strcmp(key, "--ready")) ready = atoi(value);
+        else if (!strcmp(key, "--log-max")) logging.max = number(value);
+        else if (!strcmp(key, "--log-files")) logging.files = number(value);
+        else if (!strcmp(key, "--ready")) ready = number(value);
         else if (!strcmp(key, "--exit-command")) command = argv + i + 1;
         else guest = 0;
     }
@@ -577,26 +569,26 @@ int main(int argc, char **argv) {
     if (guest <= 0 || !path || logging.files < 1 || logging.files > 999 || (input.tty && input.fd >= 0 && input.fd != outputs[0].fd))
         guest = 0, fail("arguments");
     if (name) {
-        char title[16] = "ovt:";
-        prctl(PR_SET_NAME, strncat(title, name, sizeof title - 5));
+        char title[16];
+        put_some(put(title, "ovt:"), name, sizeof title - 5);
+        control_process(PR_SET_NAME, (long)title);
     }
-    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    int null = open_at(AT_FDCWD, "/dev/null", O_RDWR | O_CLOEXEC, 0);
     for (int fd = 0; fd < 3; fd++)
         if (null < 0 || dup2(null, fd) < 0) fail("/dev/null");
     keep_only((int[]) { input.fd, outputs[0].fd, outputs[1].fd, ready }, 4);
     siginfo_t seen;
     if (waitid(P_PID, guest, &seen, WEXITED | WNOHANG | WNOWAIT) < 0) fail("--pid is not a child of this process");
-    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0) fail("PR_SET_CHILD_SUBREAPER");
+    if (control_process(PR_SET_CHILD_SUBREAPER, 1) < 0) fail("PR_SET_CHILD_SUBREAPER");
     if (getsid(0) != getpid()) setsid();
-    signal(SIGHUP, SIG_IGN);
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    signal(SIGCHLD, SIG_DFL);                  /* ignored by the caller, the guest's status would be lost */
-    sigset_t mask;
-    sigemptyset(&mask);
-    for (const char *n = (char[]) { SIGCHLD, SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, 0 }; *n; n++) sigaddset(&mask, *n);
-    sigprocmask(SIG_SETMASK, &mask, NULL);
-    signals = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+    signal_action(SIGHUP, SIG_IGN);
+    signal_action(SIGPIPE, SIG_IGN);
+    signal_action(SIGXFSZ, SIG_IGN);
+    signal_action(SIGCHLD, SIG_DFL);           /* were it ignored, as a caller may, the guest's status would be lost */
+    uint64_t mask = 0;
+    for (const char *n = (char[]) { SIGCHLD, SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, 0 }; *n; n++) mask |= 1UL << (*n - 1);
+    signal_mask(mask);
+    signals = signal_descriptor(mask);
     if (signals < 0) fail("signalfd");
     nonblocking(input.fd);
     nonblocking(outputs[0].fd);
@@ -611,4 +603,11 @@ int main(int argc, char **argv) {
     reap();
     serve();
     finish(command);
+    return 0;
+}
+
+/* Where the kernel's stack begins: argc, argv, NULL, the environment. */
+__attribute__((used, noreturn)) void begin(long *stack) {
+    environment = (char **)(stack + 1) + stack[0] + 1;
+    _exit(run(stack[0], (char **)(stack + 1)));
 }

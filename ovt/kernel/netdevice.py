@@ -96,6 +96,8 @@ def restore_device(record: dict[str, Any], netns_fd: int, back_to_fd: int = -1, 
             link = _wait_for(home, record, wait)
             if link is None:
                 return False
+            if (link.name, link.mtu, link.mac) == (record["name"], record["mtu"], record["mac"]):
+                return True  # it never left, or somebody was quicker: it may be in use
             _configure(home, link, record)
             if link.name != record["name"]:
                 _refuse_taken(home, record["name"], link.name)

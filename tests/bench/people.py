@@ -55,8 +55,9 @@ def pss(pid: int) -> int:
 
 
 def named(name: str) -> list[int]:
-    """Our descendants that run the program `name`."""
-    return [pid for pid, what in leaks.descendants().items() if what.split(" ", 1)[1] == name[:15]]
+    """Our descendants that were started as `name`."""
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in leaks.descendants()}
+    return [pid for pid, argv in words.items() if Path(os.fsdecode(argv[0])).name == name]
 
 
 def conmon_memory(count: int, place: Path) -> float:

@@ -23,6 +23,7 @@ default_ulimits = ["nofile=1024:4096", "nproc=1024:4096"]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime_supports_json = ["crun", "runc", "ovt-runtime"]
+runtime_supports_nocgroup = ["crun", "ovt-runtime"]
 """
 
 

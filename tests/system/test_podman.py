@@ -74,6 +74,12 @@ def test_user_and_groups(podman: PodmanHost, options: tuple[str, ...], identity:
     assert podman.output(*options, "--", "id") == identity
 
 
+def test_a_user_can_open_the_standard_streams_again(podman: PodmanHost) -> None:
+    # /dev/stdout leads to the caller's pipe, made by root: the runtime has to give it to the container's user.
+    done = podman.run("-u", "web", "--", "sh", "-c", "echo out >/dev/stdout; echo err >/dev/stderr")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "err\n")
+
+
 def test_working_directory(podman: PodmanHost) -> None:
     assert podman.output("-w", "/home", "--", "pwd") == "/home"
 

@@ -200,6 +200,19 @@ def test_a_single_file_as_volume(podman: PodmanHost) -> None:
     assert podman.output("-v", f"{file}:/deep/in/here/motd:ro", "--", "cat", "/deep/in/here/motd") == "one file"
 
 
+def test_a_file_where_the_image_has_a_dangling_link(podman: PodmanHost) -> None:
+    # /etc/resolv.conf of most images with systemd is such a link.
+    file = podman.directory / "resolv"
+    file.write_text("nameserver 192.0.2.1\n")
+    image = "localhost/dangling:test"
+    podman.ok(
+        "run", "--name", "link", "--network", "none", IMAGE, "ln", "-s", "../run/made/by/nobody", "/etc/link.conf"
+    )
+    podman.ok("commit", "--quiet", "link", image)
+    arguments = ("run", "--rm", "--network", "none", "-v", f"{file}:/etc/link.conf:ro", image)
+    assert podman.ok(*arguments, "cat", "/run/made/by/nobody") == "nameserver 192.0.2.1"
+
+
 def test_tmpfs(podman: PodmanHost) -> None:
     text = podman.output(
         "--tmpfs",

@@ -40,7 +40,7 @@ _FLAGS = {
 }
 _VALUES = {
     *("image-path", "work-path", "parent-path", "pre-dump", "page-server", "status-fd"),
-    *("manage-cgroups-mode", "empty-ns", "lsm-profile", "lsm-mount-context"),
+    *("manage-cgroups-mode", "network-lock", "empty-ns", "lsm-profile", "lsm-mount-context"),
 }
 OPTIONS = frozenset({*_FLAGS, *_VALUES})
 _RESTORE_ONLY = ("lsm-profile", "lsm-mount-context")
@@ -66,6 +66,10 @@ def checkpoint(state: dict[str, Any], config: dict[str, Any], options: dict[str,
         raise StateError(
             "a container with a terminal cannot be checkpointed", hint="run it with process.terminal false"
         )
+    if pre_dump or options.get("parent-path"):
+        criu.require(program, "mem_dirty_track", "a checkpoint in steps")
+    if options.get("lazy-pages"):
+        criu.require(program, "uffd-noncoop", "lazy-pages")
     images, work = _directories(options, create=True)
     log = f"{work}/dump.log"
     argv = [program, "pre-dump" if pre_dump else "dump", "--tree", str(pid), "--root", state["rootfs"]]
@@ -192,6 +196,8 @@ def _common(options: dict[str, Any], config: dict[str, Any], without: tuple[str,
     if mode not in CGROUP_MODES:
         raise UsageError(f"invalid manage-cgroups-mode {mode!r}", hint=f"one of {', '.join(CGROUP_MODES)}")
     argv.append(f"--manage-cgroups={mode}")
+    if options.get("network-lock"):
+        argv += ["--network-lock", options["network-lock"]]
     kinds = options.get("empty-ns") or []
     if any(kind != "network" for kind in kinds):
         raise UsageError("empty-ns: only the network namespace can be left empty")

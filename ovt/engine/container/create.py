@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ovt.kernel.seccomp import Program
 
+    from .labels import Labels
     from .mounts import Mount
 
 _O_RDWR_NEW = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
@@ -70,6 +71,12 @@ def create(root: str, container_id: str, config: dict[str, Any], request: Reques
     return _Creation(root, container_id, config, request).run()
 
 
+def begin(root: str, container_id: str, config: dict[str, Any], request: Request) -> tuple[State, cgroups.Cgroup]:
+    """Claim the name for a container that something else brings to life (`restore`): its state and its cgroup."""
+    creation = _Creation(root, container_id, config, request)
+    return creation.state, creation.cgroup
+
+
 class _Creation:
     def __init__(self, root: str, container_id: str, config: dict[str, Any], request: Request) -> None:
         self.root = root
@@ -106,6 +113,7 @@ class _Creation:
         self.state = State.make(root, container_id, self.record)
         self.init: Init | None = None
         self.builder: builder.Builder | None = None
+        self.labels: Labels | None = None
         self.open: list[int] = []  # ours, closed at the end
         self.master = -1
 
@@ -138,7 +146,14 @@ class _Creation:
         fifo = self._own(posix.open(f"{self.state.path}/{FIFO}", read_end), lowest)
         errors = self._own(posix.open(f"{self.state.path}/{START_ERROR}", _O_RDWR_NEW, 0o600), lowest)
         joined = [(kind, flag, self._own(fd, lowest)) for kind, flag, fd in self.ns.open_joined()]
-        init = self.init = Init(request.stdio, [fifo, errors, *enter, *(fd for _, _, fd in joined)], lowest)
+        keep = [fifo, errors, *enter, *(fd for _, _, fd in joined)]
+        if self.process.get("apparmorProfile") or self.process.get("selinuxLabel"):
+            from .labels import Labels
+
+            self.labels = Labels(self.process, lowest)
+            self.open.append(self.labels.proc)
+            keep.append(self.labels.proc)
+        init = self.init = Init(request.stdio, keep, lowest)
         if enter:
             self._enter_cgroup(init, enter)
         if self.user_namespace:
@@ -259,6 +274,8 @@ class _Creation:
             # only now that it sits in its cgroup: the namespace's root is the cgroup it is made in
             tape.call("create cgroup namespace", "unshare", sc.CLONE_NEWCGROUP)
         if not self.request.no_new_keyring:
+            if self.labels:
+                self.labels.for_keys(tape)
             process.join_keyring(tape, self.state.id)
         mounts = rootfs.proc_mounts() if rootfs else []
         for mount in mounts:
@@ -335,13 +352,19 @@ class _Creation:
             tape.call("chroot", "chroot", tape.text("."))
         tape.call("chdir /", "chdir", tape.text("/"))
         terminal = bool(self.process.get("terminal"))
+        if self.record["namespaces"] & sc.CLONE_NEWNS:
+            process.own_null(tape, self.request.stdio)
+        if not terminal:
+            process.own_stdio(self.request.stdio, self.process, self.linux if self.ns.new & sc.CLONE_NEWUSER else {})
         process.become_session(tape, terminal)
         process.personality(tape, self.linux)
         process.memory_policy(tape, self.linux)
         final.program = built.program
         final.user_namespace = self.user_namespace
         final.no_setgroups = self.user_namespace and _setgroups_denied(init.pid)
+        final.no_setgroups |= self.record["annotations"].get("run.oci.keep_original_groups") == "1"
         final.fifo, final.error_file = fifo, errors
+        final.labels = self.labels
         env: list[str] = list(self.process.get("env") or [])
         if built.home and not any(entry.startswith("HOME=") for entry in env):
             env.append(f"HOME={built.home}")

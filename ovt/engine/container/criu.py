@@ -49,6 +49,16 @@ def config_arguments(annotations: dict[str, str]) -> list[str]:
     return []
 
 
+def require(program: str, feature: str, what: str) -> None:
+    """HostError unless criu finds `feature` of `criu check` in this kernel; `what` is the option that needs it."""
+    try:
+        run([program, "check", "--feature", feature], "")
+    except HostError as error:
+        raise HostError(
+            f"{what} is not possible on this kernel: {feature} is missing", 95, hint="leave it out"
+        ) from error
+
+
 def run(argv: list[str], log: str) -> None:
     """Run criu to its end, with its words going to `log`; HostError quotes the error that tells why."""
     null = posix.open("/dev/null", posix.O_RDWR | posix.O_CLOEXEC)

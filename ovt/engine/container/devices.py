@@ -44,19 +44,62 @@ def wanted(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [device for device in DEFAULT if device["path"] not in named] + own
 
 
-def open_host_nodes(devices: list[dict[str, Any]]) -> dict[str, int]:
-    """Detached clones of the host's nodes, for user namespaces, where mknod(2) is not allowed."""
-    nodes = {}
-    for device in devices:
-        if device["type"] == "p":
-            continue
-        path = device["path"]
-        try:
-            nodes[path] = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC)
-        except OSError as error:
-            raise refused(f"device {path}", error, "in a user namespace a device must exist on the host",
-            ) from None
+def nodes_for_user_namespace(devices: list[dict[str, Any]], linux: dict[str, Any]) -> dict[str, int]:
+    """Detached mounts of device nodes, by path: in a user namespace mknod(2) makes nodes that cannot be opened.
+
+    Root makes fresh nodes in a tmpfs that nobody else sees, with owner and mode as configured; where that is not
+    allowed (rootless, or a kernel before 6.15, which does not clone from a detached mount) the host's own are used.
+    """
+    wanted = [device for device in devices if device["type"] != "p"]
+    try:
+        return _fresh_nodes(wanted, linux)
+    except OSError:
+        return {device["path"]: _host_node(device["path"]) for device in wanted}
+
+
+def _fresh_nodes(devices: list[dict[str, Any]], linux: dict[str, Any]) -> dict[str, int]:
+    from .mounts import new_filesystem
+
+    tree = new_filesystem("tmpfs", "tmpfs", ["mode=700"], errors=False)
+    nodes: dict[str, int] = {}
+    umask = posix.umask(0)
+    try:
+        for number, device in enumerate(devices):
+            name = str(number)
+            owner = {
+                **device,
+                "uid": host_id(device.get("uid") or 0, linux.get("uidMappings")),
+                "gid": host_id(device.get("gid") or 0, linux.get("gidMappings")),
+            }
+            _make_node(tree, name, owner)
+            node = sc.open_tree(tree, name, sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC)
+            sc.mount_setattr(node, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NOEXEC)
+            nodes[device["path"]] = node
+    except OSError:
+        for node in nodes.values():
+            posix.close(node)
+        raise
+    finally:
+        posix.umask(umask)
+        posix.close(tree)
     return nodes
+
+
+def _host_node(path: str) -> int:
+    try:
+        node = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC)
+    except OSError as error:
+        raise refused(f"device {path}", error, "in a user namespace a device must exist on the host") from None
+    sc.mount_setattr(node, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NOEXEC, propagation=sc.MS_PRIVATE)
+    return node
+
+
+def host_id(number: int, maps: list[dict[str, Any]] | None) -> int:
+    """What the container's user or group id `number` is on the host; itself where nothing maps it."""
+    for entry in maps or []:
+        if entry["containerID"] <= number < entry["containerID"] + entry["size"]:
+            return int(entry["hostID"] + number - entry["containerID"])
+    return number
 
 
 def make(root: int, devices: list[dict[str, Any]], host_nodes: dict[str, int] | None) -> None:

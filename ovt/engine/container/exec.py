@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from ovt.kernel.seccomp import Program
 
+    from .labels import Labels
+
 _OUTSIDE = sc.CLONE_NEWUSER | sc.CLONE_NEWPID
 
 
@@ -86,6 +88,10 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
         if into >= 0:
             into = above(into, lowest)
             opened.append(into)
+        labels = _labels(state, spec, lowest)
+        if labels:
+            opened.append(labels.proc)
+            keep.append(labels.proc)
         init = Init(request.stdio, [*keep, *enter, *([into] if into >= 0 else [])], lowest)
         process.set_affinity(init.pid, affinity.get("initial"))
         tape = Tape()
@@ -104,6 +110,7 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
         final, listener = _final(state, spec, program, env, lowest)
         tape = _join(state, mask, pidfd, root)
         process.become_session(tape, bool(spec.get("terminal")))
+        final.labels = labels
         final.no_setgroups = final.user_namespace and procfs.read(f"/proc/{pid}/setgroups").startswith("deny")
         process.finish(tape, final, init.sync_fd)
         init.send(tape, (slave,) if slave >= 0 else ())
@@ -134,6 +141,17 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
             init.close()
             if not done:
                 init.reap()
+
+
+def _labels(state: State, spec: dict[str, Any], lowest: int) -> Labels | None:
+    """Labels that the process does not name itself are those of the container."""
+    names = ("apparmorProfile", "selinuxLabel")
+    wanted = {name: spec.get(name) or state.record["process"].get(name) for name in names}
+    if not any(wanted.values()):
+        return None
+    from .labels import Labels
+
+    return Labels({**spec, **wanted}, lowest)
 
 
 def _look_up(root: int, spec: dict[str, Any]) -> tuple[str, list[str]]:

@@ -8,6 +8,7 @@ import time
 
 from ovt.errors import HostError, refused
 from ovt.kernel import jsonc
+from ovt.kernel.syscalls import O_PATH
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,23 +19,41 @@ _SIGPIPE, _SIGXFSZ, _SIGKILL = 13, 25, 9
 
 def run(config_hooks: dict[str, Any] | None, name: str, state: dict[str, Any]) -> None:
     """Run the hooks of one point in order; the first that fails ends it with HostError."""
-    for i, hook in enumerate((config_hooks or {}).get(name) or []):
-        _run_one(f"{name} hook #{i} ({hook['path']})", hook, state)
+    hooks = (config_hooks or {}).get(name) or []
+    if not hooks:
+        return
+    # the bundle is the working directory of hooks, as runc and crun have it
+    before = posix.open(".", O_PATH | posix.O_CLOEXEC)
+    try:
+        posix.chdir(state["bundle"])
+        for i, hook in enumerate(hooks):
+            _run_one(f"{name} hook #{i} ({hook['path']})", hook, state)
+    finally:
+        posix.fchdir(before)
+        posix.close(before)
 
 
 def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
     args = hook.get("args") or [hook["path"]]
     env: dict[bytes, bytes] = {}
+    if hook.get("env") is None:
+        env = posix.environ
     for entry in hook.get("env") or []:
         key, _, value = entry.encode().partition(b"=")
         env[key] = value
+    annotations = state.get("annotations") or {}
     read, write = posix.pipe2(posix.O_CLOEXEC)
     out_read, out_write = posix.pipe2(posix.O_CLOEXEC)
-    actions = [
+    actions: list[tuple[Any, ...]] = [
         (posix.POSIX_SPAWN_DUP2, read, 0),
         (posix.POSIX_SPAWN_DUP2, out_write, 1),
         (posix.POSIX_SPAWN_DUP2, out_write, 2),
     ]
+    for fd, stream in ((1, "stdout"), (2, "stderr")):
+        path = annotations.get(f"run.oci.hooks.{stream}")
+        if path:
+            flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND
+            actions.append((posix.POSIX_SPAWN_OPEN, fd, path, flags, 0o700))
     try:
         pid = posix.posix_spawn(
             hook["path"], args, env, file_actions=actions, setsigmask=[], setsigdef=[_SIGPIPE, _SIGXFSZ]

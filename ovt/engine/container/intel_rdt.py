@@ -46,6 +46,18 @@ def apply(state: State, config: dict[str, Any], pid: int) -> None:
         ) from None
 
 
+def update(state: State, schemata: list[str]) -> None:
+    """Change the schemata of the container's class of service."""
+    record = state.record.get("intelRdt")
+    if not record:
+        raise HostError(f"container {state.id} has no linux.intelRdt to update")
+    try:
+        for line in schemata:
+            procfs.write(f"{record['directory']}/schemata", f"{line}\n")
+    except OSError as error:
+        raise refused(f"linux.intelRdt: write {record['directory']}/schemata", error) from None
+
+
 def remove(record: dict[str, Any]) -> None:
     """Remove the groups that `apply` made."""
     for path in (record.get("monitoring"), record["directory"] if record["remove"] else None):

@@ -112,7 +112,12 @@ def _set_attributes(fd: int, options: mount_options.Options) -> None:
 
 
 def new_filesystem(
-    fstype: str, source: str, data: list[str], attributes: int = 0, label: str = "", errors: bool = True
+    fstype: str,
+    source: str,
+    data: list[str],
+    attributes: int = 0,
+    label: tuple[str, str] | None = None,
+    errors: bool = True,
 ) -> int:
     """A detached mount of a new filesystem instance; OSError carries the kernel's own words in its filename."""
     context = sc.fsopen(fstype)
@@ -120,7 +125,7 @@ def new_filesystem(
         if source:
             sc.fsconfig_string(context, "source", source)
         if label:
-            sc.fsconfig_string(context, "context", label)
+            sc.fsconfig_string(context, *label)
         for word in data:
             key, equals, value = word.partition("=")
             if not key:
@@ -147,7 +152,7 @@ def _kernel_words(context: int) -> str:
         return ""
 
 
-def attach(mount: Mount, root: int, label: str = "") -> int:
+def attach(mount: Mount, root: int, label: tuple[str, str] | None = None) -> int:
     """Put the mount in its place below `root`; the descriptor of the mount's root is returned."""
     try:
         return _attach(mount, root, label)
@@ -158,7 +163,7 @@ def attach(mount: Mount, root: int, label: str = "") -> int:
         raise failure from None
 
 
-def _attach(mount: Mount, root: int, label: str) -> int:
+def _attach(mount: Mount, root: int, label: tuple[str, str] | None) -> int:
     options = mount.options
     if mount.link is not None:
         return _make_link(mount, root)
@@ -166,11 +171,14 @@ def _attach(mount: Mount, root: int, label: str) -> int:
         fd = paths.resolve(root, mount.destination)
         _set_attributes(fd, options)
         return fd
+    if options.tmpcopyup and not paths.parts(mount.destination):
+        raise HostError("tmpcopyup on / has nothing to copy from")
+    target = _target(mount, root)
+    _refuse_procfs(mount, target)
     if mount.tree < 0:
-        mount.tree = _new(mount, label)
+        mount.tree = _new(mount, label, posix.fstat(target).st_mode & 0o7777)
     elif mount.type == "proc" and not options.bind:
         _set_attributes(mount.tree, options)
-    target = _target(mount, root)
     try:
         if options.tmpcopyup and mount.type == "tmpfs":
             from .copyup import copy_up
@@ -186,12 +194,14 @@ def _attach(mount: Mount, root: int, label: str) -> int:
     return mount.tree
 
 
-def _new(mount: Mount, label: str) -> int:
+def _new(mount: Mount, label: tuple[str, str] | None, mode: int) -> int:
     """The detached tree of a filesystem mount; falls back to the host's where the kernel keeps it from us."""
     options = mount.options
     superblock = [word for word in options.data if not _is_attribute_data(word)]
     words = mount.config.get("options") or []
     superblock += [word for word in words if mount_options.is_superblock_flag(word)]
+    if mount.type == "tmpfs" and not any(word.startswith("mode=") for word in superblock):
+        superblock.append(f"mode={mode:o}")  # that of the directory it hides
     late = options.tmpcopyup and mount.type == "tmpfs"
     if mount.type == "proc":
         # the kernel shows a procfs only to the owner of the pid namespace: what the host mounted is passed on
@@ -200,7 +210,9 @@ def _new(mount: Mount, label: str) -> int:
         mount.source if mount.type not in ("proc", "sysfs", "tmpfs", "devpts", "mqueue") else mount.source or "none"
     )
     try:
-        tree = new_filesystem(mount.type, source, superblock, label=label if mount.type in ("tmpfs", "mqueue") else "")
+        tree = new_filesystem(
+            mount.type, source, superblock, label=label if mount.type in ("tmpfs", "mqueue") else None
+        )
     except OSError as error:
         if error.errno in (EPERM, EBUSY) and mount.type in ("sysfs", "mqueue"):
             # the same for the network and the ipc namespace
@@ -224,6 +236,26 @@ def _refused(mount: Mount) -> int:
 
 def _is_attribute_data(word: str) -> bool:
     return word.startswith(("idmap", "ridmap"))
+
+
+# what LXCFS and the like provide their own version of
+_PROC_FILES = frozenset(
+    {"cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "slabinfo", "net/dev"}
+    | {"sys/kernel/ns_last_pid", "sys/crypto/fips_enabled", "sys/kernel/hostname"}
+)
+
+
+def _refuse_procfs(mount: Mount, target: int) -> None:
+    """Nothing may cover parts of a procfs: what is written to it would go elsewhere (CVE-2019-16884)."""
+    components = paths.parts(mount.destination)
+    if sc.fstatfs_type(target) != sc.PROC_SUPER_MAGIC or mount.type == "proc" or len(components) < 2:
+        return
+    if "/".join(components[1:]) in _PROC_FILES:
+        return
+    if mount.tree >= 0 and sc.fstatfs_type(mount.tree) == sc.PROC_SUPER_MAGIC:
+        return  # a part of the host's own procfs
+    posix.close(target)
+    raise HostError(f"{mount.destination} cannot be mounted because it is inside /proc")
 
 
 def _target(mount: Mount, root: int) -> int:

@@ -32,15 +32,12 @@ def parts(path: str) -> list[str]:
 
 
 def make_directory(root: int, path: str, mode: int = 0o755) -> int:
-    """Open the directory `path`, making it and its parents where they are missing.
-
-    A symlink that exists is followed inside the root; one that dangles is an error, not an invitation to create.
-    """
+    """Open the directory `path`, making it and its parents where they are missing; links are followed in the root."""
     try:
         return resolve(root, path, O_PATH | _DIRECTORY)
     except FileNotFoundError:
         pass
-    components = parts(path)
+    components = _real(root, path)
     missing: list[str] = []
     fd = -1
     while fd < 0:
@@ -59,11 +56,45 @@ def make_directory(root: int, path: str, mode: int = 0o755) -> int:
             below = posix.open(name, O_PATH | _DIRECTORY | posix.O_NOFOLLOW | posix.O_CLOEXEC, dir_fd=fd)
         except OSError as error:
             if error.errno in (ELOOP, 20):
-                raise HostError(f"{path}: {name} is a dangling link or no directory", error.errno) from None
+                raise HostError(f"{path}: {name} is no directory, or was exchanged for a link", error.errno) from None
             raise
         posix.close(fd)
         fd = below
     return fd
+
+
+def _real(root: int, path: str) -> list[str]:
+    """The components of `path` with the links on the way taken out, also of what does not exist yet.
+
+    A dangling link thus says where in the root to create. Only a name to try: creation goes by descriptors that
+    follow no link, so exchanging something meanwhile gains nothing.
+    """
+    done: list[str] = []
+    todo = parts(path)
+    links = 0
+    while todo:
+        name = todo.pop(0)
+        if name == "..":
+            del done[-1:]
+            continue
+        try:
+            parent = resolve(root, "/".join(done), O_PATH | _DIRECTORY)
+        except FileNotFoundError:
+            return [*done, name, *todo]
+        try:
+            link = posix.readlink(name, dir_fd=parent)
+        except OSError:  # missing, or not a link
+            done.append(name)
+            continue
+        finally:
+            posix.close(parent)
+        links += 1
+        if links > 40:
+            raise OSError(ELOOP, posix.strerror(ELOOP), path)
+        if link.startswith("/"):
+            done = []
+        todo = [part for part in link.split("/") if part not in ("", ".")] + todo
+    return done
 
 
 def make_file(root: int, path: str) -> int:
@@ -72,7 +103,7 @@ def make_file(root: int, path: str) -> int:
         return resolve(root, path)
     except FileNotFoundError:
         pass
-    components = parts(path)
+    components = _real(root, path)
     if not components:
         raise HostError(f"{path} is no file", EEXIST)
     parent = make_directory(root, "/".join(components[:-1]))

@@ -14,11 +14,14 @@ from ovt.errors import ConfigError, HostError, refused
 from ovt.kernel import capabilities
 from ovt.kernel import syscalls as sc
 
+from .devices import host_id
 from .tape import IGNORE_ERROR, SKIP_IF_OK, Pointer, Tape
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from .labels import Labels
 
 PR_SET_KEEPCAPS = 8
 PR_CAPBSET_DROP = 24
@@ -171,7 +174,7 @@ class Final:
         "error_file",
         "seccomp",
         "lowest",
-        "lsm",
+        "labels",
     )
 
     def __init__(self, process: dict[str, Any], program: str, lowest: int) -> None:
@@ -183,7 +186,39 @@ class Final:
         self.fifo = -1  # wait for a byte here before execve
         self.error_file = -1  # failures after the wait are written here
         self.seccomp: tuple[bytes, int, bool] | None = None  # BPF program, flags, has a listener
-        self.lsm: list[tuple[int, str]] = []  # (descriptor of an attr file, what to write)
+        self.labels: Labels | None = None  # of AppArmor and SELinux
+
+
+def own_null(tape: Tape, stdio: tuple[int, int, int]) -> None:
+    """Put the container's own /dev/null in the place of the host's: CRIU cannot save a file of a foreign mount."""
+    for number, fd in enumerate(stdio):
+        status = posix.fstat(fd)
+        if status.st_mode & 0o170000 == 0o020000 and status.st_rdev == posix.makedev(1, 3):
+            # an image's own idea of /dev/null must not block us
+            flags = posix.O_RDWR | posix.O_NONBLOCK | posix.O_NOFOLLOW
+            path = tape.text("/dev/null")
+            null = tape.call("open /dev/null", "openat", sc.AT_FDCWD, path, flags, flags=IGNORE_ERROR)
+            tape.call("reopen /dev/null", "dup3", null, number, 0, flags=IGNORE_ERROR)
+            tape.call("close", "close", null, flags=IGNORE_ERROR)
+
+
+def own_stdio(stdio: tuple[int, int, int], process: dict[str, Any], linux: dict[str, Any]) -> None:
+    """Give pipes and files that the process gets as 0, 1 and 2 to its user, who must be able to reopen them.
+
+    Devices are left alone: /dev/null above all is the host's (CVE-2026-47766).
+    """
+    user = process.get("user") or {}
+    uid, gid = user.get("uid") or 0, user.get("gid") or 0
+    if not uid:
+        return
+    uid, gid = host_id(uid, linux.get("uidMappings")), host_id(gid, linux.get("gidMappings"))
+    for fd in stdio:
+        status = posix.fstat(fd)
+        if status.st_mode & 0o170000 in (0o100000, 0o010000) and status.st_uid != uid:
+            try:
+                posix.chown(fd, uid, gid)
+            except OSError:
+                pass  # a read-only or foreign filesystem: the descriptor itself still works
 
 
 def become_session(tape: Tape, terminal: bool) -> None:
@@ -226,6 +261,7 @@ def finish(tape: Tape, final: Final, sync_fd: int) -> None:
     process = final.process
     user = process.get("user") or {}
     no_new_privs = bool(process.get("noNewPrivileges"))
+    labels = final.labels.open(tape) if final.labels else []
     umask = user.get("umask")
     tape.call("set umask", "umask", 0o022 if umask is None else umask)
     if final.seccomp and not no_new_privs:
@@ -242,9 +278,10 @@ def finish(tape: Tape, final: Final, sync_fd: int) -> None:
     tape.check_byte(f"current directory {cwd} is outside of the container's root", buffer, ord("/"), ENOENT)
     if no_new_privs:
         tape.call("set no_new_privs", "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    for fd, label in final.lsm:
-        text = label.encode()
-        tape.call(f"apply security label {label!r}", "write", fd, tape.data(text), len(text))
+    for fd, text in labels:
+        from .labels import write
+
+        write(tape, fd, text)
     tape.call("close_range", "close_range", final.lowest, 0xFFFFFFFF, _CLOSE_RANGE_CLOEXEC)
     listener = bool(final.seccomp and final.seccomp[2])
     if final.seccomp and no_new_privs and listener:

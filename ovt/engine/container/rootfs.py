@@ -51,19 +51,20 @@ class Rootfs:
         self.path = _rootfs_path(config, bundle)
         self.user_namespace = user_namespace
         propagation: str = linux.get("rootfsPropagation") or ""
-        self.unbindable = _PROPAGATION[propagation] if "unbindable" in propagation else None
         shared = "shared" in propagation
+        # a shared root cannot be pivoted to, an unbindable one not be cloned: these come last
+        late = shared or "unbindable" in propagation
+        self.late_propagation = _PROPAGATION[propagation] if late else None
         self.tree = _overlay_tree(overlay) if overlay else _clone_root(self.path)
-        if not shared:
-            sc.mount_setattr(self.tree, propagation=sc.MS_SLAVE, recursive=True)
-        if propagation and not self.unbindable:
+        sc.mount_setattr(self.tree, propagation=sc.MS_SLAVE, recursive=True)
+        if propagation and not late:
             flag, recursive = _PROPAGATION[propagation]
             sc.mount_setattr(self.tree, propagation=flag, recursive=recursive)
         self.mounts = [mounts.Mount(entry, f"$.mounts[{i}]") for i, entry in enumerate(config.get("mounts") or [])]
         mounts.open_sources(self.mounts, bundle, shared, userns_for)
         self.dev_is_bound = any(m.options.bind and paths.parts(m.destination) == ["dev"] for m in self.mounts)
         self.devices = [] if self.dev_is_bound else devices.wanted(config)
-        self.host_nodes = devices.open_host_nodes(self.devices) if user_namespace else None
+        self.host_nodes = devices.nodes_for_user_namespace(self.devices, linux) if user_namespace else None
         self.null = _open_null()
         self._empty = -1
         self._null_attached = False
@@ -72,6 +73,14 @@ class Rootfs:
         """Everything this object holds open, for the caller to close once the builder is done."""
         fds = [self.tree, self.null, *(mount.tree for mount in self.mounts), *(self.host_nodes or {}).values()]
         return [fd for fd in fds if fd >= 0]
+
+    def _label(self) -> tuple[str, str] | None:
+        """(mount option, SELinux label) for new filesystems; None where the host has no SELinux."""
+        if not self.linux.get("mountLabel"):
+            return None
+        from ovt.kernel import lsm
+
+        return lsm.mount_context(self.linux, self.config.get("annotations") or {})
 
     def proc_mounts(self) -> list[mounts.Mount]:
         """The procfs mounts: the container's own process must make them, they show its pid namespace."""
@@ -84,7 +93,7 @@ class Rootfs:
         sc.move_mount(self.tree, host_root)
         posix.close(host_root)
         posix.umask(0)
-        label: str = self.linux.get("mountLabel") or ""
+        label = self._label()
         for mount in self.mounts:
             if mount.type in ("cgroup", "cgroup2") and not mount.options.bind:
                 from . import cgroup_mount
@@ -107,14 +116,14 @@ class Rootfs:
             self._mask(path)
         if (self.config.get("root") or {}).get("readonly"):
             sc.mount_setattr(self.tree, sc.MOUNT_ATTR_RDONLY)
-        if self.unbindable:
-            flag, recursive = self.unbindable
-            sc.mount_setattr(self.tree, propagation=flag, recursive=recursive)
         posix.fchdir(self.tree)
         if pivot:
             # new root and put_old are the same directory: the old root ends up on top of the new one and is taken off
             sc.pivot_root(".", ".")
             sc.umount2(".", sc.MNT_DETACH)
+        if self.late_propagation:
+            flag, recursive = self.late_propagation
+            sc.mount_setattr(self.tree, propagation=flag, recursive=recursive)
         posix.chdir("/")
 
     def _read_only(self, path: str) -> None:
@@ -150,7 +159,7 @@ class Rootfs:
                         "tmpfs",
                         ["size=0k", "nr_inodes=2", "mode=555"],
                         sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOEXEC,
-                        label=self.linux.get("mountLabel") or "",
+                        label=self._label(),
                     )
                     sc.move_mount(self._empty, fd)
                     return

@@ -65,8 +65,8 @@ class Runtime:
         terminal = bool((config.get("process") or {}).get("terminal"))
         if terminal and not request.console_socket and not request.want_terminal:
             raise OvtError(
-                "cannot allocate tty if runtime will detach without setting console socket",
-                "pass --console-socket, or set process.terminal to false",
+                "cannot allocate tty if runtime will detach without setting console socket: use --console-socket",
+                "or set process.terminal to false",
             )
         if request.console_socket and not terminal:
             raise OvtError("cannot use console socket if runtime will not detach or allocate tty")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from ovt.kernel.cgroup.events import Events
+
 NOT_PERMITTED = (EACCES, EPERM, EROFS)
 SIGKILL = 9
 
@@ -117,11 +119,14 @@ class Cgroup:
     def delegate(self, uid: int, gid: int) -> None:
         """Give the cgroup to `uid`:`gid` (host ids) so that the container may make cgroups of its own below (v2)."""
 
-    def events(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-        """Yield `{"type": "oom"}` for each out-of-memory kill until the cgroup is gone or `timeout` seconds pass."""
-        from ovt.kernel.cgroup.events import watch
+    def events(self, timeout: float | None = None) -> Events:
+        """Iterate over `{"type": "oom"}`, one for each out-of-memory kill from now on.
 
-        return watch(self, timeout)
+        Ends when the cgroup is gone or `timeout` seconds have passed; `close()` stops watching.
+        """
+        from ovt.kernel.cgroup.events import Events
+
+        return Events(self, timeout)
 
 
 def walk(directory: str) -> Iterator[str]:

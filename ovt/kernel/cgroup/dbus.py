@@ -115,6 +115,10 @@ class Bus:
         """Close the connection."""
         self._socket.close()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):  # not when there was nobody to connect to
+            self._socket.close()
+
     def _authenticate(self) -> None:
         self._send(b"\0AUTH EXTERNAL\r\nDATA\r\n")
         lines = b""

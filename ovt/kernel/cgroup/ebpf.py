@@ -121,7 +121,8 @@ def load(code: bytes) -> int:
     try:
         return attempt(1, log)
     except OSError as error:
-        error.filename = log.rstrip(b"\0").decode("utf-8", "replace").strip().rpartition("\n")[2]
+        said = log.rstrip(b"\0").decode("utf-8", "replace").splitlines()
+        error.filename = ([""] + [line for line in said if not line.startswith("processed ")])[-1]
         raise
 
 

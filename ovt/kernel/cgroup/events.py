@@ -7,7 +7,7 @@ also fires it when the cgroup is removed.
 from __future__ import annotations
 
 import posix
-from errno import EINTR, ENODEV, ENOENT
+from errno import ENODEV, ENOENT
 
 from ovt.errors import HostError
 from ovt.kernel.cgroup.base import Cgroup
@@ -17,7 +17,6 @@ from ovt.kernel.syscalls import syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
 _EVENTFD2 = 290 if posix.uname().machine == "x86_64" else 19
@@ -30,7 +29,7 @@ class OomWatch:
     `fd` and `poll_mask` are for a poll loop of the caller's; then `take()` tells what is new. Use as a context manager.
     """
 
-    __slots__ = ("directory", "fd", "poll_mask", "_count", "_source")
+    __slots__ = ("_count", "_source", "directory", "fd", "poll_mask")
 
     def __init__(self, group: Cgroup) -> None:
         directory = group.path_for("memory")
@@ -57,8 +56,8 @@ class OomWatch:
     def _watch_v1(self) -> None:
         self.fd = syscall(_EVENTFD2, 0, _CLOEXEC_NONBLOCK)
         self.poll_mask = 1  # POLLIN
-        self._source = posix.open(self.directory + "/memory.oom_control", posix.O_RDONLY | posix.O_CLOEXEC)
         try:
+            self._source = posix.open(self.directory + "/memory.oom_control", posix.O_RDONLY | posix.O_CLOEXEC)
             write(self.directory + "/cgroup.event_control", f"{self.fd} {self._source}")
         except OSError:
             self.close()
@@ -112,26 +111,42 @@ class OomWatch:
         self.close()
 
 
-def watch(group: Cgroup, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-    """Yield `{"type": "oom"}` for each kill until the cgroup is gone or `timeout` seconds have passed (None: never)."""
-    from select import poll
-    from time import monotonic
+class Events:
+    """An iterator of `{"type": "oom"}`, watching from the moment it is made; `close()` ends it early."""
 
-    end = None if timeout is None else monotonic() + timeout
-    with OomWatch(group) as oom:
-        poller = poll()
-        poller.register(oom.fd, oom.poll_mask)
-        while not oom.gone():
+    __slots__ = ("_due", "_end", "_poller", "_watch")
+
+    def __init__(self, group: Cgroup, timeout: float | None = None) -> None:
+        from select import poll
+        from time import monotonic
+
+        self._watch = OomWatch(group)
+        self._poller = poll()
+        self._poller.register(self._watch.fd, self._watch.poll_mask)
+        self._end = None if timeout is None else monotonic() + timeout
+        self._due = 0
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watch.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_watch"):  # not when there was nothing to watch
+            self.close()
+
+    def __iter__(self) -> Events:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        from time import monotonic
+
+        while not self._due:
             # Removal of a v2 cgroup wakes nobody, so look for it now and then.
-            wait = 1.0 if end is None else min(1.0, end - monotonic())
-            if wait <= 0:
-                return
-            try:
-                ready = poller.poll(int(wait * 1000) + 1)
-            except OSError as error:
-                if error.errno != EINTR:
-                    raise
-                continue
-            if ready:
-                for _ in range(oom.take()):
-                    yield {"type": "oom"}
+            wait = 1.0 if self._end is None else min(1.0, self._end - monotonic())
+            if self._watch.fd == -1 or wait <= 0 or self._watch.gone():
+                self.close()
+                raise StopIteration
+            if self._poller.poll(int(wait * 1000) + 1):
+                self._due = self._watch.take()
+        self._due -= 1
+        return {"type": "oom"}

@@ -64,7 +64,7 @@ class _Parser:
                 self.at += 1
             return self.value(self.text[begin : self.at])
         if start in ("'", '"'):
-            return wanted or "s", self.string(start)
+            return self.typed(wanted, "s", "sog"), self.string(start)
         if start == "[":
             return self.array(wanted)
         if start == "(":
@@ -73,8 +73,14 @@ class _Parser:
         if word in _WORDS:
             return self.value(_WORDS[word])
         if word in ("true", "false"):
-            return "b", word == "true"
+            return self.typed(wanted, "b", "b"), word == "true"
         return self.number(word, wanted)
+
+    @staticmethod
+    def typed(wanted: str, usual: str, possible: str) -> str:
+        if wanted and wanted not in possible:
+            raise ValueError(f"expected a value of type {wanted}")
+        return wanted or usual
 
     def number(self, word: str, wanted: str) -> tuple[str, Any]:
         try:

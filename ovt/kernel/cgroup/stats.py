@@ -9,7 +9,7 @@ from __future__ import annotations
 import posix
 
 from ovt.kernel.cgroup.base import Cgroup
-from ovt.kernel.cgroup.files import read_or
+from ovt.kernel.cgroup.files import exists, read_or
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _block_entry(major: str, minor: str, operation: str, value: str) -> dict[str
 
 def _hugetlb(path: str | None, v2: bool) -> dict[str, Any]:
     data: dict[str, Any] = {}
-    if not path:
+    if not path or not exists(path):
         return data
     usage = "current" if v2 else "usage_in_bytes"
     for name in posix.listdir(path):

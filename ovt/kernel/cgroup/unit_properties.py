@@ -87,12 +87,13 @@ def bit_mask(listed: str, path: str) -> bytes:
     """A list such as `0-3,7` as systemd wants it: bit n of byte n/8, least significant first; ConfigError."""
     mask = 0
     for part in listed.split(","):
-        first, _, last = part.strip().partition("-")
+        first, dash, last = part.strip().partition("-")
         if not part.strip():
             continue
-        if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first) < 8192):
+        last = last if dash else first
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last) < 8192):
             raise ConfigError(path, f"`{part.strip()}` is neither a number nor a range such as 0-3")
-        for number in range(int(first), int(last or first) + 1):
+        for number in range(int(first), int(last) + 1):
             mask |= 1 << number
     return mask.to_bytes((mask.bit_length() + 7) // 8, "little")
 

@@ -135,7 +135,7 @@ def test_the_end_waits_for_no_reader_and_the_reader_gets_it_all(home: str) -> No
 
 
 def test_a_slow_ordinary_client_is_told_what_it_missed_and_never_waited_for(home: str) -> None:
-    supervisor.launch(home, sh("read go; head -c 5000000 /dev/zero; touch $0.written; read more; echo tail; exit 1"), stdin=True)
+    supervisor.launch(home, sh("read go; head -c 5000000 /dev/zero; read more; echo tail; exit 1"), stdin=True)
     first = supervised.connect(home, 0)
     assert first
     with first[0] as client:
@@ -219,7 +219,8 @@ def test_clients_that_speak_something_else_are_dropped(home: str, packet: bytes)
 
 
 def test_signals_go_where_they_are_told(home: str) -> None:
-    known = supervisor.launch(home, sh("trap 'echo int; exit 4' INT; echo on; while :; do sleep 0.05; done"), log=f"{home}/log")
+    guest = sh("trap 'echo int; exit 4' INT; echo on; while :; do sleep 0.05; done")
+    known = supervisor.launch(home, guest, log=f"{home}/log")
     until(lambda: output(home))
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

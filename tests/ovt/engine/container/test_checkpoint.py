@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ovt.engine.container import checkpoint, criu
+from ovt.engine.container import checkpoint, criu, init, restoring
+from ovt.engine.container.create import Request
+from ovt.engine.container.runtime import Runtime
+from ovt.engine.container.state import State
 from ovt.errors import ConfigError, HostError, NotFound, OvtError, StateError, UsageError
 
 FAKE = """#!/bin/sh
+test "$1" = check && { test "$3" != nothing; exit; }
 printf '%s\\n' "$@" > CALL
 ls -l /proc/$$/fd > CALL.fds
 test -e FILE && { printf '(00.01) Error (a.c:1): tolerable\\n(00.02) Error (b.c:2): the reason\\n' > "$(cat FILE)"
@@ -210,6 +215,17 @@ def test_a_failure_quotes_the_reason_from_the_log(calls: Path, state: dict[str, 
     assert caught.value.hint.endswith("images/dump.log")
 
 
+@pytest.mark.parametrize("options", [{"pre-dump": True}, {"parent-path": "before"}])
+def test_steps_that_the_kernel_is_missing_a_feature_for(
+    calls: Path, state: dict[str, Any], options: dict[str, Any]
+) -> None:
+    program = calls / "bin/criu"
+    program.write_text(program.read_text().replace("!= nothing", "!= mem_dirty_track"))
+    with pytest.raises(HostError, match="in steps is not possible on this kernel: mem_dirty_track is missing"):
+        checkpoint.checkpoint(state, config(), {"image-path": f"{calls}/images", **options})
+    assert not (calls / "call").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
@@ -291,3 +307,84 @@ def criu_works() -> bool:
         return subprocess.run([criu.find(), "check"], capture_output=True).returncode == 0
     except HostError:
         return False
+
+
+COUNT = "i=0; while true; do i=$((i+1)); echo $i; echo $i > /tmp/last; /bin/busybox sleep 0.05; done"
+
+
+@pytest.fixture(scope="module")
+def stub() -> None:
+    """The engine keeps one descriptor of its init for the life of the process; have it before a test is watched."""
+    init._memfd()
+
+
+def read_number(pipe: int) -> int:
+    """The next whole number that the container prints."""
+    text = b""
+    while not text.endswith(b"\n"):
+        text += os.read(pipe, 1)
+    return int(text)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not criu_works(), reason="no criu that works on this kernel")
+def test_a_counting_container_goes_on_counting(tmp_path: Path, stub: None) -> None:
+    bundle = tmp_path / "bundle"
+    (bundle / "rootfs/bin").mkdir(parents=True)
+    shutil.copy("/bin/busybox", bundle / "rootfs/bin/busybox")
+    (tmp_path / "shared").mkdir()
+    spec: dict[str, Any] = {
+        "ociVersion": "1.2.0",
+        "root": {"path": "rootfs"},
+        "process": {"args": ["/bin/busybox", "sh", "-c", COUNT], "cwd": "/", "noNewPrivileges": True},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+            {"destination": "/shared", "type": "bind", "source": str(tmp_path / "shared"), "options": ["rbind"]},
+        ],
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")],
+            "maskedPaths": ["/proc/keys", "/proc/scsi"],
+            "readonlyPaths": ["/proc/sys"],
+            "cgroupsPath": f"/ovt-test-{os.getpid()}",
+            "seccomp": {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{"names": ["chroot"], "action": "SCMP_ACT_ERRNO"}],
+            },
+        },
+    }
+    (bundle / "config.json").write_text(json.dumps(spec))
+    root = str(tmp_path / "state")
+    runtime = Runtime(root)
+    null = os.open("/dev/null", os.O_RDWR)
+    options = {"image-path": str(tmp_path / "images")}
+    read, write = os.pipe()
+    try:
+        first = runtime.create("count", str(bundle), stdio=(null, write, write)).pid
+        runtime.start("count")
+        assert [read_number(read) for _ in range(3)] == [1, 2, 3]
+        restoring.checkpoint(State.load(root, "count"), options)
+        os.waitpid(first, 0)
+        os.close(write)
+        printed = [int(line) for line in os.read(read, 65536).split()]
+        os.close(read)
+        assert not (tmp_path / "state/count").exists()
+
+        read, write = os.pipe()
+        request = Request(str(bundle))
+        request.stdio = (null, write, write)
+        state = restoring.restore(root, "count", spec, request, options)
+        assert read_number(read) == (printed[-1] if printed else 3) + 1
+        assert state.status() == "running"
+        status = Path(f"/proc/{state.pid}/status").read_text()
+        assert f"PPid:\t{os.getpid()}\n" in status and "Seccomp:\t2\n" in status
+        assert int(Path(f"/proc/{state.pid}/root/tmp/last").read_text()) > 3
+        assert f"/ovt-test-{os.getpid()}" in Path(f"/proc/{state.pid}/cgroup").read_text()
+        runtime.kill("count", 9)
+        os.waitpid(state.pid, 0)
+        runtime.delete("count")
+    finally:
+        runtime.delete("count", force=True)
+        for fd in (read, write, null):
+            os.close(fd)

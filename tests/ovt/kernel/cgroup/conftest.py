@@ -1,8 +1,9 @@
-"""What the cgroup tests share: a place in the real hierarchies that is empty again afterwards, and processes to put in."""
+"""What the cgroup tests share: a place in the real hierarchies, empty again afterwards, and processes to put in."""
 
 import itertools
 import os
 import select
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,13 +18,15 @@ from ovt.kernel.cgroup.hierarchy import current
 serial = itertools.count(1)
 
 
+_PROLOGUE = "import os, sys\nprint('up', flush=True)\nsys.stdin.readline()\n"
+
+
 class Child:
     """A Python process that waits for a line on its standard input before it runs `code`."""
 
     def __init__(self, code: str, arguments: tuple[str, ...] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", f"import os, sys\nprint('up', flush=True)\nsys.stdin.readline()\n{code}"]
-            + list(arguments),
+            [sys.executable, "-I", "-S", "-c", _PROLOGUE + code, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -85,7 +88,7 @@ def place() -> Iterator[str]:
     for mount in {*found.v1.values(), found.unified}:
         directory = f"{mount}{path}"
         if mount and Path(directory).is_dir():
-            freezers = [file for file in Path(directory).rglob("freezer.state")]
+            freezers = list(Path(directory).rglob("freezer.state"))
             for file in freezers:
                 file.write_text("THAWED")
             signal_processes(directory, 9)
@@ -98,3 +101,25 @@ def group(place: str) -> cgroup.Cgroup:
     made = cgroup.new(place + "/box", "box", "cgroupfs")
     made.create()
     return made
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[str]:
+    """The address of a real message bus of the test's own."""
+    if not shutil.which("dbus-daemon"):
+        pytest.skip("needs dbus-daemon")
+    config = tmp_path / "bus.conf"
+    config.write_text(
+        f"""<busconfig><type>session</type><listen>unix:path={tmp_path}/bus.socket</listen>
+        <auth>EXTERNAL</auth><policy context="default"><allow send_destination="*"/><allow eavesdrop="true"/>
+        <allow own="*"/></policy></busconfig>"""
+    )
+    daemon = subprocess.Popen(
+        ["dbus-daemon", f"--config-file={config}", "--nofork", "--print-address"], stdout=subprocess.PIPE, text=True
+    )
+    assert daemon.stdout
+    address = daemon.stdout.readline().strip()
+    yield address
+    daemon.kill()
+    daemon.wait()
+    daemon.stdout.close()

@@ -109,7 +109,7 @@ def test_the_whole_plan_of_v2() -> None:
 
 
 def test_nothing_asked_nothing_planned() -> None:
-    empty: dict[str, Any] = {key: None for key in EVERYTHING}
+    empty: dict[str, Any] = dict.fromkeys(EVERYTHING)
     zeros = {
         "memory": {"limit": 0, "swap": 0},
         "cpu": {"shares": 0, "quota": 0, "period": 0, "cpus": ""},
@@ -221,7 +221,7 @@ def test_what_v2_refuses(resources: dict[str, Any], path: str) -> None:
 
 
 def test_a_unified_key_without_controller_says_the_form() -> None:
-    with pytest.raises(ConfigError, match="has not the form CONTROLLER.VALUE `NOT-A-VALID-KEY`"):
+    with pytest.raises(ConfigError, match=r"has not the form CONTROLLER.VALUE `NOT-A-VALID-KEY`"):
         limits_v2.plan({"unified": {"NOT-A-VALID-KEY": "x"}})
 
 
