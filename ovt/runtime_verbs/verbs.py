@@ -88,13 +88,31 @@ def state(globals_: Globals, options: dict[str, list[str]], words: list[str]) ->
 
 def kill(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
     text = (options.get("signal") or options.get("s") or words[1:] or ["TERM"])[-1]
-    runtime(globals_).kill(words[0], signal_number(text), everything="all" in options or "a" in options)
+    number = signal_number(text)
+    engine = runtime(globals_)
+    for container_id in _chosen(engine, options, words[0]):
+        engine.kill(container_id, number, everything="all" in options or "a" in options)
     return 0
 
 
 def delete(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
-    runtime(globals_).delete(words[0], force="force" in options or "f" in options)
+    engine = runtime(globals_)
+    for container_id in _chosen(engine, options, words[0]):
+        engine.delete(container_id, force="force" in options or "f" in options)
     return 0
+
+
+def _chosen(engine: Runtime, options: dict[str, list[str]], word: str) -> list[str]:
+    """The containers meant: one by its name, or with --regex all whose name the expression is found in."""
+    if "regex" not in options:
+        return [word]
+    import re
+
+    try:
+        pattern = re.compile(word)
+    except re.error as error:
+        raise UsageError(f"--regex: {word!r}: {error}") from None
+    return [entry["id"] for entry in engine.list() if pattern.search(entry["id"])]
 
 
 def pause(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:

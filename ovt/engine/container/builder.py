@@ -144,10 +144,7 @@ def _main(job: Job, channel: socket) -> None:
 
 def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
     config = job.config
-    pidfd = posix.pidfd_open(job.init_pid, 0)
-    if job.join:
-        sc.setns(pidfd, job.join)
-    posix.close(pidfd)
+    place = _join(job)
     if job.map_root:
         posix.setresgid(0, 0, 0)
         posix.setresuid(0, 0, 0)
@@ -160,7 +157,7 @@ def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
     rootfs = job.rootfs
     if rootfs is None:
         return _without_mount_namespace(config, channel, job)
-    rootfs.build(job.cgroup)
+    rootfs.build(place, job.cgroup)
     process = config.get("process") or {}
     fds: tuple[int, ...] = ()
     if process.get("terminal"):
@@ -171,6 +168,27 @@ def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
     _make_cwd(rootfs.tree, process.get("cwd") or "/")
     rootfs.finish(job.pivot)
     return _found(rootfs.tree, process), fds
+
+
+def _join(job: Job) -> int:
+    """Join the namespaces; returns the directory in the container's mount namespace where its root is mounted."""
+    pidfd = posix.pidfd_open(job.init_pid, 0)
+    privileged = posix.geteuid() == 0 and job.join & sc.CLONE_NEWUSER and job.join & sc.CLONE_NEWNS
+    place = -1
+    if privileged:
+        # the way to the rootfs may be closed to the ids of the user namespace: open it before becoming one of them
+        sc.setns(pidfd, sc.CLONE_NEWNS)
+        place = _open_place(job)
+        sc.setns(pidfd, job.join & ~sc.CLONE_NEWNS)
+    elif job.join:
+        sc.setns(pidfd, job.join)
+    posix.close(pidfd)
+    return place if place >= 0 or job.rootfs is None else _open_place(job)
+
+
+def _open_place(job: Job) -> int:
+    path = job.rootfs.path if job.rootfs else "/"
+    return posix.open(path, paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
 
 
 def _loopback_up() -> None:

@@ -37,7 +37,7 @@ class Side:
         """st_mode of what `path` leads to, 0 when there is nothing."""
         try:
             fd = self.open(path, O_PATH)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
         try:
             return os.fstat(fd).st_mode
@@ -56,6 +56,13 @@ def keep_owner(uid: int, gid: int) -> tuple[int, int]:
 def copy(source: Side, target: Side, owner: Owner) -> None:
     """Copy `source` to `target`, with the rules of cp(1): into a directory that exists, else under the new name;
     `DIR/.` copies what is in DIR. `owner` is asked for the owner of everything that is made, by root only."""
+    try:
+        _copy(source, target, owner)
+    except OSError as error:
+        raise HostError(f"{error.filename or source.shown}: {error.strerror}", error.errno or 0) from error
+
+
+def _copy(source: Side, target: Side, owner: Owner) -> None:
     contents = source.path.endswith("/.") or source.path == "."
     path = source.path.rstrip("/") or "/"
     kind = source.mode(path) if contents or source.path.endswith("/") else _link_mode(source, path)

@@ -102,7 +102,7 @@ class _Creation:
             "bundle": request.bundle,
             "rootfs": _absolute((config.get("root") or {}).get("path") or "", request.bundle),
             "annotations": config.get("annotations") or {},
-            "cgroup": self.cgroup.record(),
+            "cgroup": cgroup_record(self.cgroup),
             "no_pivot": request.no_pivot or not self.ns.mask & sc.CLONE_NEWNS,
             "namespaces": self.ns.mask,
             "hooks": config.get("hooks") or {},
@@ -139,33 +139,35 @@ class _Creation:
             self.config = notify.prepare(self.state.path, self.config)
             self.process = self.config["process"]
         self.cgroup.create()
-        self.record["cgroup"] = self.cgroup.record()  # made: from here on `delete` may kill and remove what is in it
+        # made: from here on `delete` may kill and remove what is in it
+        self.record["cgroup"] = cgroup_record(self.cgroup)
         enter = [self._own(fd, lowest) for fd in self.cgroup.enter_fds()]
         posix.mkfifo(f"{self.state.path}/{FIFO}", 0o600)
         read_end = posix.O_RDONLY | posix.O_NONBLOCK | posix.O_CLOEXEC
         fifo = self._own(posix.open(f"{self.state.path}/{FIFO}", read_end), lowest)
         errors = self._own(posix.open(f"{self.state.path}/{START_ERROR}", _O_RDWR_NEW, 0o600), lowest)
         joined = [(kind, flag, self._own(fd, lowest)) for kind, flag, fd in self.ns.open_joined()]
-        keep = [fifo, errors, *enter, *(fd for _, _, fd in joined)]
+        into = -1 if enter or self.user_namespace else self._own_if(self.cgroup.fd(), lowest)
+        keep = [fifo, errors]
         if self.process.get("apparmorProfile") or self.process.get("selinuxLabel"):
             from .labels import Labels
 
             self.labels = Labels(self.process, lowest)
             self.open.append(self.labels.proc)
             keep.append(self.labels.proc)
-        init = self.init = Init(request.stdio, keep, lowest)
+        passing = [*enter, *([into] if into >= 0 else []), *(fd for _, _, fd in joined)]
+        init = self.init = Init(request.stdio, [*keep, *passing], lowest)
         if enter:
             self._enter_cgroup(init, enter)
         if self.user_namespace:
             self._enter_user_namespace(init, joined)
-        into = -1 if enter or self.user_namespace else self._own_if(self.cgroup.fd(), lowest)
-        cloned = self._clone(init, joined, into)
+        cloned = self._clone(init, joined, into, keep)
         # while the kernel makes the namespaces
         rootfs = self._open_rootfs(init)
         pid = init.adopt_clone(cloned)
         self.record["pid"] = pid
         self.record["pid_start"] = procfs.start_time(pid)
-        self.record["cgroup"] = self.cgroup.record()
+        self.record["cgroup"] = cgroup_record(self.cgroup)
         self.state.save()
         if not enter and into < 0:
             self.cgroup.attach(pid)
@@ -221,9 +223,15 @@ class _Creation:
             tape.call("join user namespace", "setns", fd, sc.CLONE_NEWUSER)
             init.play(tape)
 
-    def _clone(self, init: Init, joined: list[tuple[str, int, int]], cgroup_fd: int) -> Tape:
-        """Send the tape that joins and makes namespaces and ends as the container's first process."""
+    def _clone(self, init: Init, joined: list[tuple[str, int, int]], cgroup_fd: int, keep: list[int]) -> Tape:
+        """Send the tape that joins and makes namespaces and ends as the container's first process.
+
+        That has no descriptors but its standard ones, those handed down with it, and `keep`.
+        """
         tape = Tape()
+        if not self.user_namespace:
+            # with one, /proc/PID belongs to the namespace's root, and the kernel makes it undumpable by itself
+            tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
         if self._maps_root():
             tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
             tape.call("become root of the user namespace", "setresuid", 0, 0, 0)
@@ -244,6 +252,7 @@ class _Creation:
                 tape.call("close", "close", fd_)
         later = sc.CLONE_NEWUSER | sc.CLONE_NEWCGROUP | sc.CLONE_NEWTIME
         tape.clone("create namespaces", sc.CLONE_PARENT | self.ns.new & ~later, cgroup_fd)
+        init.close_inherited(tape, keep)
         init.send(tape)
         return tape
 
@@ -268,8 +277,6 @@ class _Creation:
     def _settle_inside(self, init: Init, rootfs: Rootfs | None) -> None:
         """What only the process itself can do: its cgroup namespace, its keyring, the procfs of its pid namespace."""
         tape = Tape()
-        if not self.user_namespace:
-            tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
         if self.ns.new & sc.CLONE_NEWCGROUP:
             # only now that it sits in its cgroup: the namespace's root is the cgroup it is made in
             tape.call("create cgroup namespace", "unshare", sc.CLONE_NEWCGROUP)
@@ -386,7 +393,7 @@ class _Creation:
 
     def _publish(self, built: builder.Built) -> None:
         self.record["ready"] = True
-        self.record["cgroup"] = self.cgroup.record()
+        self.record["cgroup"] = cgroup_record(self.cgroup)
         if built.master >= 0:
             if self.request.console_socket:
                 from . import console
@@ -431,6 +438,11 @@ class _IdMappings:
         from . import idmap
 
         return idmap.namespace_for(mount, self.pid if self.user_namespace else 0)
+
+
+def cgroup_record(cgroup: cgroups.Cgroup) -> dict[str, Any] | None:
+    """What the state keeps of it; None where cgroups are disabled, so that every verb sees that there is none."""
+    return None if cgroup.manager == "disabled" else cgroup.record()
 
 
 def write_pid_file(path: str, pid: int) -> None:

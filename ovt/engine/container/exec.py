@@ -1,8 +1,8 @@
 """exec: another process in a running container.
 
-ovt-init again, from its sealed memfd: its tape joins the container's pid (and user) namespace, clones, and the
-clone, which is in the pid namespace from its first instruction, joins the rest. No Python and no host descriptor is
-ever visible to the container (CVE-2019-5736, 2024-21626).
+ovt-init again, from its sealed memfd: its tape joins the container's namespaces and clones; the clone is in the
+pid namespace from its first instruction and has the container's root. No Python, no host directory and no host
+descriptor is ever visible to the container (CVE-2019-5736, 2024-21626).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from .labels import Labels
 
-_OUTSIDE = sc.CLONE_NEWUSER | sc.CLONE_NEWPID
+# Joined before the clone: a process that appears in the pid namespace with the host's root lets a neighbour with
+# CAP_SYS_PTRACE reach it (/proc/PID/root). The cgroup namespace comes last: CLONE_INTO_CGROUP needs the host's view.
+_OUTSIDE = ~sc.CLONE_NEWCGROUP
 
 
 class Request:
@@ -98,9 +100,15 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
         zero = tape.text("0")
         for fd in enter:
             tape.call("enter the cgroup", "write", fd, zero, 1)
+        if not mask & sc.CLONE_NEWUSER:
+            tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
         if mask & _OUTSIDE:
             tape.call("join the container's namespaces", "setns", pidfd, mask & _OUTSIDE)
+        if record["no_pivot"]:
+            tape.call("enter the container's root", "fchdir", root)
+            tape.call("chroot", "chroot", tape.text("."))
         tape.clone("clone into the container", sc.CLONE_PARENT, into)
+        init.close_inherited(tape, [pidfd, *([labels.proc] if labels else [])])
         init.send(tape)
         pid = init.adopt_clone(tape)
         if not enter and into < 0:
@@ -108,7 +116,7 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
         process.set_affinity(pid, affinity.get("final"))
         process.apply_from_outside(pid, spec)
         final, listener = _final(state, spec, program, env, lowest)
-        tape = _join(state, mask, pidfd, root)
+        tape = _join(state, mask, pidfd)
         process.become_session(tape, bool(spec.get("terminal")))
         final.labels = labels
         final.no_setgroups = final.user_namespace and procfs.read(f"/proc/{pid}/setgroups").startswith("deny")
@@ -184,10 +192,8 @@ def _attach_cgroup(state: State, pid: int, sub: str | None) -> None:
     cgroup.restore(state.record["cgroup"]).attach(pid, sub or "", state.pid)
 
 
-def _join(state: State, mask: int, pidfd: int, root: int) -> Tape:
+def _join(state: State, mask: int, pidfd: int) -> Tape:
     tape = Tape()
-    if not mask & sc.CLONE_NEWUSER:
-        tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
     process.join_keyring(tape, state.id)
     rest = mask & ~_OUTSIDE
     if rest:
@@ -195,9 +201,6 @@ def _join(state: State, mask: int, pidfd: int, root: int) -> Tape:
     if mask & sc.CLONE_NEWUSER and state.record.get("maps_root", True):
         tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
         tape.call("become root of the user namespace", "setresuid", 0, 0, 0)
-    if state.record["no_pivot"]:
-        tape.call("enter the container's root", "fchdir", root)
-        tape.call("chroot", "chroot", tape.text("."))
     process.personality(tape, state.record)
     return tape
 

@@ -87,6 +87,19 @@ class Init:
                 posix.close(fd)
             posix.close(sync)
         self.pid = self.spawned
+        self._lowest = lowest
+
+    def close_inherited(self, tape: Tape, keep: list[int]) -> None:
+        """Append: close what the runtime's caller left open, and every descriptor of ours but the socket and `keep`.
+
+        For the first moment in the container's pid namespace: a neighbour with CAP_SYS_PTRACE reaches through them.
+        """
+        start = self._lowest
+        for fd in sorted([self.sync_fd, *keep]):
+            if fd > start:
+                tape.call("close_range", "close_range", start, fd - 1, 0)
+            start = fd + 1
+        tape.call("close_range", "close_range", start, 0xFFFFFFFF, 0)
 
     def play(self, tape: Tape, fds: tuple[int, ...] = ()) -> int:
         """Have the tape played to its end and return the last call's result; OSError names the call that failed."""

@@ -15,7 +15,7 @@ from ovt.kernel import procfs
 from . import checkpoint as images
 from . import config as configs
 from . import lifecycle
-from .create import Request, begin, write_pid_file
+from .create import Request, begin, cgroup_record, write_pid_file
 from .state import PAUSED, RUNNING, State
 
 TYPE_CHECKING = False
@@ -46,7 +46,7 @@ def restore(root: str, container_id: str, config: dict[str, Any], request: Reque
     record = state.record
     try:
         cgroup.create()
-        record["cgroup"] = cgroup.record()
+        record["cgroup"] = cgroup_record(cgroup)
         state.save()
         pid = images.restore(
             record, config, options, directory=state.path, stdio=request.stdio, enter_cgroup=cgroup.attach
@@ -55,7 +55,7 @@ def restore(root: str, container_id: str, config: dict[str, Any], request: Reque
         record["pid_start"] = procfs.start_time(pid)
         record["ready"] = True
         cgroup.apply(linux.get("resources") or {})
-        record["cgroup"] = cgroup.record()
+        record["cgroup"] = cgroup_record(cgroup)
         state.save()
         if request.pid_file:
             write_pid_file(request.pid_file, pid)

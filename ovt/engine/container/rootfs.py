@@ -86,12 +86,16 @@ class Rootfs:
         """The procfs mounts: the container's own process must make them, they show its pid namespace."""
         return [mount for mount in self.mounts if mount.type == "proc" and not mount.options.bind]
 
-    def build(self, cgroup: dict[str, Any] | None) -> None:
-        """Attach the root over the host's and fill it. The caller has joined the container's namespaces."""
+    def build(self, place: int, cgroup: dict[str, Any] | None) -> None:
+        """Attach the root on the directory `place` and fill it. The caller has joined the container's namespaces.
+
+        Hooks find it under its own path, with everything mounted, as the runtime-spec has it for createContainer.
+        """
         host_root = posix.open("/", paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
         sc.mount_setattr(host_root, propagation=sc.MS_SLAVE, recursive=True)
-        sc.move_mount(self.tree, host_root)
         posix.close(host_root)
+        sc.move_mount(self.tree, place)
+        posix.close(place)
         posix.umask(0)
         label = self._label()
         for mount in self.mounts:
@@ -117,7 +121,12 @@ class Rootfs:
         if (self.config.get("root") or {}).get("readonly"):
             sc.mount_setattr(self.tree, sc.MOUNT_ATTR_RDONLY)
         posix.fchdir(self.tree)
-        if pivot:
+        if not pivot:
+            # over the old root, where the container's process steps onto it by chroot
+            host_root = posix.open("/", paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
+            sc.move_mount(self.tree, host_root)
+            posix.close(host_root)
+        else:
             # new root and put_old are the same directory: the old root ends up on top of the new one and is taken off
             sc.pivot_root(".", ".")
             sc.umount2(".", sc.MNT_DETACH)

@@ -295,6 +295,8 @@ class V2(Cgroup):
         if signal == SIGKILL:
             try:
                 write(self.directory + "/cgroup.kill", "1")
+                if self.frozen():  # the dying leave a frozen cgroup, but whoever comes next must not freeze
+                    write(self.directory + "/cgroup.freeze", "0")
                 return
             except OSError as error:
                 if error.errno not in (ENOENT, EOPNOTSUPP):  # Linux < 5.14, or threaded

@@ -140,11 +140,11 @@ def test_a_slow_ordinary_client_is_told_what_it_missed_and_never_waited_for(home
     assert first
     with first[0] as client:
         client.settimeout(20)
-        client.send(b"Igo\n")
         second = supervised.connect(home, supervised.LOSSLESS)
         assert second
         with second[0] as fast:
             fast.settimeout(20)
+            client.send(b"Igo\n")
             got = 0
             while got < 5_000_000:
                 got += len(fast.recv(16385)) - 1

@@ -74,8 +74,8 @@ def test_the_label_is_written_by_the_process_after_it_gave_up_its_rights(
     os.waitpid(engine.exec("labelled", other, stdio=null), 0)
     assert asked[-1] == "other"
     engine.kill("labelled", 9)
+    os.waitpid(inside, 0)  # first: a pid namespace's init does not end before the others are reaped
     os.waitpid(pid, 0)
-    os.waitpid(inside, 0)
 
 
 def test_a_label_that_the_kernel_refuses_fails_the_creation(
