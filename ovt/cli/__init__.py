@@ -30,8 +30,8 @@ class Entry(NamedTuple):
 _LIFE, _INSIDE, _LOOK, _SYSTEM = "Life of an instance", "Inside an instance", "Look", "The host"
 
 COMMANDS: dict[str, Entry] = {
-    "create": Entry("running", "Make an instance without starting it", _LIFE),
-    "run": Entry("running", "Make an instance and start it", _LIFE),
+    "create": Entry("running", "Make an instance of IMAGE without starting it", _LIFE),
+    "run": Entry("running", "Make an instance of IMAGE and start it", _LIFE),
     "start": Entry("lifecycle", "Start instances", _LIFE),
     "stop": Entry("lifecycle", "Ask instances to end, kill them when they do not", _LIFE),
     "restart": Entry("lifecycle", "Stop instances and start them again", _LIFE),
@@ -42,10 +42,10 @@ COMMANDS: dict[str, Entry] = {
     "delete": Entry("lifecycle", "Remove instances", _LIFE),
     "rename": Entry("lifecycle", "Give an instance another name", _LIFE),
     "update": Entry("lifecycle", "Change limits and restart policy of instances", _LIFE),
-    "exec": Entry("inside", "Run a program in an instance", _INSIDE),
+    "exec": Entry("inside", "Run COMMAND in a living instance", _INSIDE),
     "attach": Entry("inside", "Join the standard streams of an instance", _INSIDE),
     "cp": Entry("inside", "Copy files between the host and an instance", _INSIDE),
-    "ps": Entry("listing", "List instances", _LOOK),
+    "ps": Entry("listing", "List instances that are alive, or all", _LOOK),
     "inspect": Entry("query", "Show everything known of instances, as JSON", _LOOK),
     "logs": Entry("query", "Show what an instance has written", _LOOK),
     "stats": Entry("watch", "Show what instances use", _LOOK),
@@ -53,7 +53,7 @@ COMMANDS: dict[str, Entry] = {
     "events": Entry("query", "Show what happened to instances", _LOOK),
     "info": Entry("system", "Describe this host and this installation", _SYSTEM),
     "check": Entry("system", "Find what this host lacks, and what killed commands have left", _SYSTEM),
-    "completion": Entry("completion", "Print the completion script for a shell", _SYSTEM),
+    "completion": Entry("completion", "Print the completion script for SHELL", _SYSTEM),
     "version": Entry("system", "Print the version", _SYSTEM),
 }
 _OWN_STATUS = {"run": 125, "exec": 125, "attach": 125}

@@ -34,7 +34,7 @@ _COMMAND_WIDTH = 30
 @click.option("--no-header", is_flag=True, help="Only the rows.")
 @pass_app
 def ps(app: App, all_: bool, quiet: bool, filters: tuple[str, ...], form: str, no_trunc: bool, no_header: bool) -> int:
-    """List instances that are alive."""
+    """List instances that are alive, or all."""
     wanted = _filters(filters)
     all_ = all_ or "status" in wanted or "exited" in wanted
     now = time.time()

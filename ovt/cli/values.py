@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
     short = unit.removesuffix("ib") if unit != "ib" else "?"
     short = short.removesuffix("b") if len(short) > 1 else short
     try:
-        if short not in _UNITS or not number[:1].isdigit():
+        if short not in _UNITS or not number[:1].isdigit() or not number.replace(".", "", 1).isdigit():
             raise ValueError
         return round(float(number) * _UNITS[short])
     except ValueError:
@@ -193,7 +193,7 @@ def show_age(seconds: float) -> str:
     """`5 minutes`: the largest unit that fits, rounded down."""
     for size, name in ((86400 * 7, "week"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")):
         count = int(seconds // size)
-        if count:
+        if count > 0:
             return f"{count} {name}{'s' if count > 1 else ''}"
     return "less than a second"
 

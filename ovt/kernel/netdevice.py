@@ -28,6 +28,7 @@ from ovt.kernel.netlink import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 # What an administrator chose for an address; the other flags are the kernel's own state.
@@ -37,12 +38,16 @@ _HIGHEST_TEMPLATE = 4096
 _POLL_SECONDS = 0.02
 
 
-def move_device(name: str, netns_fd: int, new_name: str = "") -> dict[str, Any]:
+def move_device(
+    name: str, netns_fd: int, new_name: str = "", announce: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Move the device `name` of the caller's namespace to `netns_fd`, rename it, and set it up there.
 
     `new_name` may hold one `%d`, for which the lowest free number is taken; empty keeps the name. Returns the
-    record for `restore_device`, plain JSON. On failure the device is back where it was, or the error says that it
-    could not be brought back. Raises NotFound, Conflict (the name is taken in the container) or HostError.
+    record for `restore_device`, plain JSON; `announce` gets it before anything changes, to be kept in case that the
+    caller is killed, and the same dict is completed afterwards. On failure the device is back where it was, or the
+    error says that it could not be brought back. Raises NotFound, Conflict (the name is taken in the container) or
+    HostError.
     """
     interface_name(name)
     template = new_name or name
@@ -65,7 +70,11 @@ def move_device(name: str, netns_fd: int, new_name: str = "") -> dict[str, Any]:
             "kind": link.kind,
             "parent": link.parent,
             "permanentMac": link.permanent_mac,
+            "index": link.index,  # which the kernel keeps if it is free over there
+            "newName": template,
         }
+        if announce is not None:
+            announce(record)
         record["newName"] = _move(here, there, link, netns_fd, template, record)
         moved = there.link(record["newName"])
         record["index"] = moved.index

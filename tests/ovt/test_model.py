@@ -69,7 +69,22 @@ def test_host_names_are_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "-a", "a-", "a..b", ".a", "a.", "a_b", "a b", "../a", "a/b", "ä", "x" * 64, "a." * 31 + "abcd", "0123456789ab"],
+    [
+        "",
+        "-a",
+        "a-",
+        "a..b",
+        ".a",
+        "a.",
+        "a_b",
+        "a b",
+        "../a",
+        "a/b",
+        "ä",
+        "x" * 64,
+        "a." * 31 + "abcd",
+        "0123456789ab",
+    ],
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -91,7 +91,8 @@ def test_records_are_for_their_owner_only(store: Store) -> None:
 def test_a_damaged_record_is_named_and_can_be_discarded(store: Store) -> None:
     store.add(WEB)
     path = Path(store.home(WEB.id), "instance.json")
-    for text in ("", "{", "[]", "{}", '{"id": 1, "unknown": 2}', '{"id":"a","name":"b","kind":"c","created":1,"spec":{}}'):
+    unknown_kind = '{"id":"a","name":"b","kind":"c","created":1,"spec":{}}'
+    for text in ("", "{", "[]", "{}", '{"id": 1, "unknown": 2}', unknown_kind):
         path.write_text(text)
         with pytest.raises(OvtError, match="damaged") as caught:
             store.load(WEB.id)

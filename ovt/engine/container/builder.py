@@ -166,8 +166,9 @@ def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
         devices.make_console(rootfs.tree, fds[1])
     _hooks(job, channel)
     _make_cwd(rootfs.tree, process.get("cwd") or "/")
+    home = _home(rootfs.tree, process)  # before the host's /proc goes out of reach
     rootfs.finish(job.pivot)
-    return _found(rootfs.tree, process), fds
+    return _found(rootfs.tree, process, home), fds
 
 
 def _join(job: Job) -> int:
@@ -203,7 +204,8 @@ def _without_mount_namespace(
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     _hooks(job, channel)
     root = posix.open(job.state["rootfs"], paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
-    return _found(root, config.get("process") or {}), ()
+    process = config.get("process") or {}
+    return _found(root, process, _home(root, process)), ()
 
 
 def _hooks(job: Job, channel: socket) -> None:
@@ -224,25 +226,27 @@ def _make_cwd(root: int, cwd: str) -> None:
         pass  # chdir gives the error, with its own words
 
 
-def _found(root: int, process: dict[str, Any]) -> dict[str, Any]:
+def _home(root: int, process: dict[str, Any]) -> str:
+    return home_of(root, (process.get("user") or {}).get("uid") or 0) if process.get("args") else ""
+
+
+def _found(root: int, process: dict[str, Any], home: str) -> dict[str, Any]:
     args = process.get("args") or []
     if not args:
         return {"program": "", "home": ""}
     program, why = paths.find_program(root, args[0], process.get("cwd") or "/", process.get("env") or [])
     if not program:
         raise PayloadError(why, 126 if "permission denied" in why else 127)
-    return {"program": program, "home": home_of(root, (process.get("user") or {}).get("uid") or 0)}
+    return {"program": program, "home": home}
 
 
 def home_of(root: int, uid: int) -> str:
     """The home directory of `uid` in the container's /etc/passwd, "/" when it has none; read by descriptor."""
     try:
-        fd = paths.resolve(root, "etc/passwd", posix.O_RDONLY | posix.O_NONBLOCK)
+        fd = paths.open_checked(root, "etc/passwd", posix.O_RDONLY | posix.O_NONBLOCK, 0o100000)
     except OSError:
         return "/"
     try:
-        if posix.fstat(fd).st_mode & 0o170000 != 0o100000:
-            return "/"
         text = posix.read(fd, 1 << 20).decode("utf-8", "replace")
     finally:
         posix.close(fd)

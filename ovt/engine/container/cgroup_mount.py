@@ -38,28 +38,29 @@ def attach(mount: mounts.Mount, root: int, record: dict[str, Any] | None, config
         raise mount.failed(error) from None
 
 
-def _attributes(mount: mounts.Mount) -> int:
-    return mount.options.set
+def _attributes(mount: mounts.Mount, record: dict[str, Any] | None) -> int:
+    # without a cgroup of its own the container sees the caller's, which it must not change (CVE-2023-25809)
+    return mount.options.set | (0 if record and record.get("paths") else sc.MOUNT_ATTR_RDONLY)
 
 
 def _unified(mount: mounts.Mount, root: int, record: dict[str, Any] | None, own_namespace: bool) -> None:
     tree = -1
     if own_namespace:
         try:
-            tree = mounts.new_filesystem("cgroup2", "cgroup", [], _attributes(mount), errors=False)
+            tree = mounts.new_filesystem("cgroup2", "cgroup", [], _attributes(mount, record), errors=False)
         except OSError as error:
             if error.errno not in (EPERM, EBUSY):
                 raise
     if tree < 0:
         directory = (record or {}).get("paths", {}).get("unified") or "/sys/fs/cgroup"
-        tree = _bind(directory, _attributes(mount))
+        tree = _bind(directory, _attributes(mount, record))
     _place(tree, root, mount.destination)
 
 
 def _v1(mount: mounts.Mount, root: int, record: dict[str, Any] | None, own_namespace: bool) -> None:
     """A small tmpfs with a directory for each hierarchy, and links for the names of those mounted together."""
     top = mounts.new_filesystem("tmpfs", "cgroup", ["mode=755", "size=0k", "nr_inodes=128"], errors=False)
-    attributes = _attributes(mount)
+    attributes = _attributes(mount, record)
     sc.mount_setattr(top, attributes & ~sc.MOUNT_ATTR_RDONLY)
     _place(top, root, mount.destination, close=False)
     for directory, names in _hierarchies(record).items():

@@ -27,20 +27,18 @@ def open_pair(root: int, size: dict[str, Any] | None, uid: int = 0) -> tuple[int
 
     The slave is opened from the master (TIOCGPTPEER), never by a path the container could have bent (CVE-2025-52565).
     """
+    multiplexer = posix.makedev(5, 2)
     try:
-        master = paths.resolve(root, "dev/pts/ptmx", posix.O_RDWR | posix.O_NOCTTY)
+        master = paths.open_checked(root, "dev/pts/ptmx", posix.O_RDWR | posix.O_NOCTTY, 0o020000, multiplexer)
     except OSError:
         try:
-            master = paths.resolve(root, "dev/ptmx", posix.O_RDWR | posix.O_NOCTTY)
+            master = paths.open_checked(root, "dev/ptmx", posix.O_RDWR | posix.O_NOCTTY, 0o020000, multiplexer)
         except OSError as error:
             raise refused(
                 "open a terminal in the container: /dev/pts/ptmx",
                 error,
                 "process.terminal needs a devpts mount at /dev/pts",
             ) from None
-    if posix.major(posix.fstat(master).st_rdev) != 5 or posix.minor(posix.fstat(master).st_rdev) != 2:
-        posix.close(master)
-        raise HostError("/dev/pts/ptmx in the container is not the terminal multiplexer")
     fcntl.ioctl(master, TIOCSPTLCK, pack("i", 0))
     slave = fcntl.ioctl(master, TIOCGPTPEER, posix.O_RDWR | posix.O_NOCTTY | posix.O_CLOEXEC)
     if posix.major(posix.fstat(slave).st_rdev) not in _DEVPTS_MAGIC_MAJORS:

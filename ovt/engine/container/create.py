@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .mounts import Mount
 
 _O_RDWR_NEW = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
+_CAP_SYS_ADMIN = 21
 _CLOCKS = {"monotonic": 1, "boottime": 7}
 
 
@@ -271,7 +272,9 @@ class _Creation:
             userns_for=_IdMappings(init.pid, self.user_namespace),
             overlay=self.request.overlay,
         )
-        self.open += rootfs.descriptors()
+        if sc.capget() >> _CAP_SYS_ADMIN & 1:
+            rootfs.open()
+            self.open += rootfs.descriptors()
         return rootfs
 
     def _settle_inside(self, init: Init, rootfs: Rootfs | None) -> None:
@@ -310,7 +313,8 @@ class _Creation:
             return None
         from ovt.kernel import seccomp
 
-        program = seccomp.compile(profile, cache_dir=f"{self.root}/.seccomp")
+        receiver = self.record["annotations"].get("run.oci.seccomp.receiver", "")
+        program = seccomp.compile(profile, cache_dir=f"{self.root}/.seccomp", receiver=receiver)
         final.seccomp = (program.bpf, program.flags, program.notify)
         return program
 

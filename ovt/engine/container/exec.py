@@ -217,7 +217,8 @@ def _final(
     from ovt.kernel import seccomp
 
     root = state.path.rsplit("/", 1)[0]
-    listener = seccomp.compile(profile, cache_dir=f"{root}/.seccomp")
+    receiver = state.record["annotations"].get("run.oci.seccomp.receiver", "")
+    listener = seccomp.compile(profile, cache_dir=f"{root}/.seccomp", receiver=receiver)
     final.seccomp = (listener.bpf, listener.flags, listener.notify)
     return final, listener
 

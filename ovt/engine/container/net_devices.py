@@ -18,9 +18,14 @@ def move_in(state: State, devices: dict[str, dict[str, Any]], pid: int) -> None:
     """Move `devices` (host name: {"name": name inside}) into the network namespace of `pid`, recording each first."""
     namespace = posix.open(f"/proc/{pid}/ns/net", posix.O_RDONLY | posix.O_CLOEXEC)
     try:
-        moved = state.record.setdefault("netDevices", [])
+        moved: list[dict[str, Any]] = state.record.setdefault("netDevices", [])
+
+        def announce(record: dict[str, Any]) -> None:
+            moved.append(record)
+            state.save()
+
         for name, wanted in devices.items():
-            moved.append(netdevice.move_device(name, namespace, (wanted or {}).get("name") or ""))
+            netdevice.move_device(name, namespace, (wanted or {}).get("name") or "", announce)
             state.save()
     finally:
         posix.close(namespace)

@@ -5,7 +5,7 @@ at a time below the descriptor of a real directory (CVE-2018-15664, 2019-18837, 
 """
 
 import posix
-from errno import EEXIST, ELOOP, ENOENT
+from errno import EAGAIN, EEXIST, ELOOP, ENOENT, ENXIO
 
 from ovt.errors import HostError
 from ovt.kernel import syscalls as sc
@@ -17,7 +17,31 @@ _S_IFMT, _S_IFDIR, _S_IFREG = 0o170000, 0o040000, 0o100000
 
 def resolve(root: int, path: str, flags: int = O_PATH, resolve: int = 0) -> int:
     """Open an existing path as a process chrooted to `root` would see it."""
-    return sc.openat2(root, path.lstrip("/") or ".", flags, 0, sc.RESOLVE_IN_ROOT | sc.RESOLVE_NO_MAGICLINKS | resolve)
+    how = sc.RESOLVE_IN_ROOT | sc.RESOLVE_NO_MAGICLINKS | resolve
+    for _ in range(100):
+        try:
+            return sc.openat2(root, path.lstrip("/") or ".", flags, 0, how)
+        except OSError as error:
+            if error.errno != EAGAIN:
+                raise
+            # a rename somewhere on the system met a ".." on this path: the kernel cannot vouch for it (openat2(2))
+    raise OSError(EAGAIN, posix.strerror(EAGAIN), path)
+
+
+def open_checked(root: int, path: str, flags: int, kind: int, number: int = 0) -> int:
+    """Open `path` for use, but only if it is of the type `kind` (S_IF*) and, a device, has the number `number`.
+
+    Looked at first and opened then, by the very same descriptor: to open a device, a FIFO or an automount of the
+    image's own choice is already to act on it. OSError with ENXIO for anything else. The caller still has the host's /proc.
+    """
+    fd = resolve(root, path)
+    try:
+        status = posix.fstat(fd)
+        if status.st_mode & _S_IFMT != kind or (number and status.st_rdev != number):
+            raise OSError(ENXIO, "not what it should be", path)
+        return posix.open(f"/proc/self/fd/{fd}", flags | posix.O_CLOEXEC)
+    finally:
+        posix.close(fd)
 
 
 def parts(path: str) -> list[str]:

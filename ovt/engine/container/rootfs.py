@@ -50,24 +50,37 @@ class Rootfs:
         self.linux = linux
         self.path = _rootfs_path(config, bundle)
         self.user_namespace = user_namespace
-        propagation: str = linux.get("rootfsPropagation") or ""
+        self._bundle = bundle
+        self._userns_for = userns_for
+        self._overlay = overlay
+        self.mounts = [mounts.Mount(entry, f"$.mounts[{i}]") for i, entry in enumerate(config.get("mounts") or [])]
+        self.dev_is_bound = any(m.options.bind and paths.parts(m.destination) == ["dev"] for m in self.mounts)
+        self.devices = [] if self.dev_is_bound else devices.wanted(config)
+        self.host_nodes: dict[str, int] | None = None
+        self.late_propagation: tuple[int, bool] | None = None
+        self.tree = self.null = self._empty = -1
+        self._null_attached = False
+
+    def open(self) -> None:
+        """Open and clone what comes from the host.
+
+        Root does this in its own namespaces, with the host's eyes. A normal user may clone mounts only where he is
+        root, in the container's mount namespace, whose copy of the host's tree is the same then.
+        """
+        propagation: str = self.linux.get("rootfsPropagation") or ""
         shared = "shared" in propagation
         # a shared root cannot be pivoted to, an unbindable one not be cloned: these come last
         late = shared or "unbindable" in propagation
         self.late_propagation = _PROPAGATION[propagation] if late else None
-        self.tree = _overlay_tree(overlay) if overlay else _clone_root(self.path)
+        self.tree = _overlay_tree(self._overlay) if self._overlay else _clone_root(self.path)
         sc.mount_setattr(self.tree, propagation=sc.MS_SLAVE, recursive=True)
         if propagation and not late:
             flag, recursive = _PROPAGATION[propagation]
             sc.mount_setattr(self.tree, propagation=flag, recursive=recursive)
-        self.mounts = [mounts.Mount(entry, f"$.mounts[{i}]") for i, entry in enumerate(config.get("mounts") or [])]
-        mounts.open_sources(self.mounts, bundle, shared, userns_for)
-        self.dev_is_bound = any(m.options.bind and paths.parts(m.destination) == ["dev"] for m in self.mounts)
-        self.devices = [] if self.dev_is_bound else devices.wanted(config)
-        self.host_nodes = devices.nodes_for_user_namespace(self.devices, linux) if user_namespace else None
+        mounts.open_sources(self.mounts, self._bundle, shared, self._userns_for)
+        if self.user_namespace:
+            self.host_nodes = devices.nodes_for_user_namespace(self.devices, self.linux)
         self.null = _open_null()
-        self._empty = -1
-        self._null_attached = False
 
     def descriptors(self) -> list[int]:
         """Everything this object holds open, for the caller to close once the builder is done."""
@@ -94,6 +107,8 @@ class Rootfs:
         host_root = posix.open("/", paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
         sc.mount_setattr(host_root, propagation=sc.MS_SLAVE, recursive=True)
         posix.close(host_root)
+        if self.tree < 0:
+            self.open()
         sc.move_mount(self.tree, place)
         posix.close(place)
         posix.umask(0)

@@ -107,20 +107,34 @@ class V2(Cgroup):
         available = read_or(self.mount + "/cgroup.controllers")
         if read_or(self.directory + "/cgroup.controllers") == available:
             return
-        for controller in available.split():
-            self.open_controller(controller)
+        for at in self._ancestors():
+            enabled = read_or(at + "/cgroup.subtree_control").split()
+            missing = [name for name in read_or(at + "/cgroup.controllers").split() if name not in enabled]
+            try:
+                # All in one write: in a cgroup with processes this fails as a whole, while cpu or pids alone would
+                # succeed there and make everything below it a threaded subtree, where no container can be.
+                if missing:
+                    write(at + "/cgroup.subtree_control", " ".join(["+" + name for name in missing]))
+            except OSError as error:
+                if error.errno not in (EINVAL, ENOENT):
+                    return
+                for name in missing:  # one of them is refused (cpu: there are real-time processes), not all
+                    _enable_one(at, name)
+
+    def _ancestors(self) -> list[str]:
+        """The mount and every cgroup between it and ours."""
+        ancestors, at = [], self.mount
+        for part in self.directory[len(self.mount) :].split("/")[1:]:
+            ancestors.append(at)
+            at += "/" + part
+        return ancestors
 
     def open_controller(self, controller: str) -> tuple[str, OSError] | None:
-        """Write `+controller` to cgroup.subtree_control of every ancestor; the directory and error that stop it."""
-        at = self.mount
-        for part in self.directory[len(self.mount) :].split("/")[1:]:
-            path = at + "/cgroup.subtree_control"
-            try:
-                if controller not in read(path).split():
-                    write(path, "+" + controller)
-            except OSError as error:
+        """Turn on one controller for our cgroup; the ancestor and the error that stop it."""
+        for at in self._ancestors():
+            error = _enable_one(at, controller)
+            if error:
                 return at, error
-            at += "/" + part
         return None
 
     def fd(self, sub: str = "", init: int = 0) -> int:
@@ -224,7 +238,7 @@ class V2(Cgroup):
         if name not in read_or(self.mount + "/cgroup.controllers").split():
             message += f" under {self.mount}"
             hint = "drop the key, or give the host this controller (it may be in use as cgroup v1)"
-        elif error.errno == EBUSY:
+        elif error.errno in (EBUSY, EOPNOTSUPP):
             message += f": cannot enable it in {path}: {at} holds processes itself"
             hint = "move them into a cgroup of their own below it (the rule of `no internal processes`)"
         elif error.errno in (ENOENT, EINVAL):
@@ -345,6 +359,22 @@ class V2(Cgroup):
             raise HostError(
                 f"cannot give cgroup {self.directory} to {uid}:{gid}: {error.strerror}", error.errno or 0
             ) from error
+
+
+def _enable_one(at: str, controller: str) -> OSError | None:
+    """Write `+controller` to cgroup.subtree_control of `at` where it is not in yet; the error of a refusal."""
+    path = at + "/cgroup.subtree_control"
+    try:
+        if controller in read(path).split():
+            return None
+        # See enable(): cpu and pids must not turn a cgroup with processes into the root of a threaded subtree.
+        # The root of the hierarchy, which may have both, has no cgroup.type.
+        if read_or(at + "/cgroup.type").startswith("domain\n") and read_or(at + "/cgroup.procs"):
+            return OSError(EBUSY, posix.strerror(EBUSY), path)
+        write(path, "+" + controller)
+    except OSError as error:
+        return error
+    return None
 
 
 def _thaw_hint(group: V2) -> str:

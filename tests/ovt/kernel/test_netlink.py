@@ -259,6 +259,33 @@ def test_a_device_moves_with_its_addresses_and_comes_back(host: Namespace, conta
 
 
 @root
+def test_the_record_is_there_before_the_device_leaves(host: Namespace, container: Namespace) -> None:
+    announced = []
+
+    def announce(record: dict[str, Any]) -> None:
+        with Netlink() as here:
+            announced.append((here.find("nic0") is not None, dict(record)))
+
+    record = netdevice.move_device("nic0", container.fd, "eth%d", announce)
+    ((present, early),) = announced
+    assert present
+    assert record["newName"] == "eth0"
+    assert netdevice.restore_device(early, container.fd), "what was announced is enough to take it back"
+
+
+@root
+def test_a_device_that_never_left_is_left_alone(host: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.ip("link", "set", "nic0", "up")
+    with Netlink() as here:
+        nic = here.link("nic0")
+    record = {"name": "nic0", "mtu": nic.mtu, "mac": nic.mac, "parent": "pci/0000:01:00.0", "kind": "veth"}
+    monkeypatch.setattr(netdevice, "_recognise", lambda links, record: nic)
+    assert netdevice.restore_device(record, -1)
+    with Netlink() as here:
+        assert here.link("nic0").up
+
+
+@root
 def test_the_name_is_kept_without_a_new_one(host: Namespace, container: Namespace) -> None:
     assert netdevice.move_device("nic0", container.fd)["newName"] == "nic0"
     with Netlink(container.fd) as there:

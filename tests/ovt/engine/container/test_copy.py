@@ -89,9 +89,7 @@ def host(guest: Path) -> Path:
         ("dir/.", "/new", {"new/sub/a": "a"}),
     ],
 )
-def test_as_cp_does_it(
-    host: Path, guest: Path, into: Copy, source: str, target: str, expected: dict[str, str]
-) -> None:
+def test_as_cp_does_it(host: Path, guest: Path, into: Copy, source: str, target: str, expected: dict[str, str]) -> None:
     into(source, target)
     assert expected.items() <= tree(guest).items()
 

@@ -55,7 +55,9 @@ def test_who_is_meant(root: int, text: str, expected: User) -> None:
     assert users.lookup(root, text) == expected
 
 
-@pytest.mark.parametrize("text", ["nobody", " 1", "+1", "-1", "1x", "0x1", "1_0", "１", "www:nogroup", "www:-1", "ro ot"])
+@pytest.mark.parametrize(
+    "text", ["nobody", " 1", "+1", "-1", "1x", "0x1", "1_0", "１", "www:nogroup", "www:-1", "ro ot"]
+)
 def test_who_is_not_there(root: int, text: str) -> None:
     with pytest.raises(NotFound):
         users.lookup(root, text)
@@ -75,7 +77,9 @@ def test_an_image_without_the_files(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def test_links_are_followed_inside_the_image_only(image: Path, root: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_links_are_followed_inside_the_image_only(
+    image: Path, root: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     outside = tmp_path_factory.mktemp("outside") / "passwd"
     outside.write_text("evil:x:0:0::/:/bin/sh\n")
     (image / "etc/passwd").unlink()

@@ -36,9 +36,8 @@ for pid in made:
 """
 BURN = """
 import time
-end = time.monotonic() + 0.5
+end = time.monotonic() + 0.8
 while time.monotonic() < end: pass
-print(time.process_time())
 """
 
 
@@ -169,10 +168,10 @@ def test_cpu_is_limited(group: cgroup.Cgroup, child: Callable[..., Child]) -> No
     burner = child(BURN)
     group.attach(burner.pid)
     group.apply({"cpu": {"quota": 10000, "period": 100000}})
-    assert float(burner.go()) < 0.3
+    burner.go()
     stats = group.stats()["cpu"]
-    assert stats["throttling"]["throttledPeriods"] >= 1
-    assert stats["usage"]["total"] > 0
+    assert stats["throttling"]["throttledPeriods"] >= 2
+    assert 0 < stats["usage"]["total"] < 500_000_000
 
 
 def test_cpu_values_arrive_and_contradictions_tell_why(group: cgroup.Cgroup) -> None:

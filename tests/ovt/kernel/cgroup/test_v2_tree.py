@@ -47,11 +47,12 @@ class Tree:
             raise OSError(number, os.strerror(number), path)
         if not os.path.exists(path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        if path.endswith("subtree_control") and value[1:] not in (self.root / "cgroup.controllers").read_text().split():
+        known = (self.root / "cgroup.controllers").read_text().split()
+        if path.endswith("subtree_control") and any(word[1:] not in known for word in value.split()):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
         self.writes.append((name, value))
         if path.endswith("subtree_control"):
-            value = Path(path).read_text() + " " + value.lstrip("+")
+            value = Path(path).read_text() + " " + value.replace("+", "")
         Path(path).write_text(value)
 
     def refuse(self, name: str, number: int) -> None:
@@ -76,10 +77,17 @@ def web(tree: Tree) -> V2:
 
 def test_controllers_are_enabled_along_the_path(tree: Tree) -> None:
     V2(str(tree.root), "/pod/web").create()
-    for controller in ("cpu", "io", "memory", "pids"):
-        assert ("/cgroup.subtree_control", "+" + controller) in tree.writes
-        assert ("/pod/cgroup.subtree_control", "+" + controller) in tree.writes
-    assert not [name for name, _ in tree.writes if name.startswith("/pod/web/")]
+    assert tree.writes == [
+        ("/cgroup.subtree_control", "+cpu +io +memory +pids"),
+        ("/pod/cgroup.subtree_control", "+cpu +memory +pids"),
+    ]
+
+
+def test_one_refused_controller_does_not_keep_the_others(tree: Tree) -> None:
+    tree.refuse("/cgroup.subtree_control=+cpu +io +memory +pids", errno.EINVAL)
+    tree.refuse("/cgroup.subtree_control=+cpu", errno.EINVAL)
+    V2(str(tree.root), "/pod/web").create()
+    assert [value for name, value in tree.writes if name == "/cgroup.subtree_control"] == ["+io", "+memory", "+pids"]
 
 
 def test_a_container_that_has_everything_costs_no_write(tree: Tree) -> None:
