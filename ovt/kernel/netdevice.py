@@ -91,6 +91,19 @@ def move_device(
         return record
 
 
+def undo_move(record: dict[str, Any], netns_fd: int) -> bool:
+    """Take a device back as if it had never left, addresses and all: for a container that could not be made.
+
+    False when it is not in the namespace `netns_fd` (any more). Raises HostError when it is lost on the way.
+    """
+    with Netlink() as here, Netlink(netns_fd) as there:
+        link = _recognise(there.links(), record)
+        if link is None:
+            return False
+        _bring_back(here, there, link, record)
+        return True
+
+
 def restore_device(record: dict[str, Any], netns_fd: int, back_to_fd: int = -1, wait: float = 2.0) -> bool:
     """Give a device that `move_device` moved its old name, MTU and MAC in the namespace `back_to_fd`.
 

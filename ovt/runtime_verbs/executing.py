@@ -55,8 +55,7 @@ def _process(root: str, container_id: str, options: dict[str, list[str]], comman
         return configs.parse(jsonc.read_file(path, configs.CONFIG_LIMIT), "process.json")
     if not command:
         raise UsageError("exec: name a command, or a file with --process")
-    record = State.load(root, container_id).record
-    process = {**record["process"], "args": command, "terminal": False}
+    process = {**State.load(root, container_id).template["process"], "args": command, "terminal": False}
     for key in ("consoleSize", "execCPUAffinity", "rlimits") if "rlimits" not in process else ("consoleSize",):
         process.pop(key, None)
     if value(options, "cwd"):

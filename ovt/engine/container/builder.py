@@ -27,7 +27,7 @@ from ovt.errors import HostError, OvtError, PayloadError
 from ovt.kernel import jsonc
 from ovt.kernel import syscalls as sc
 
-from . import console, devices, hooks, paths
+from . import devices, paths
 from .rootfs import Rootfs
 
 TYPE_CHECKING = False
@@ -162,6 +162,8 @@ def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
     fds: tuple[int, ...] = ()
     if process.get("terminal"):
         uid = (process.get("user") or {}).get("uid") or 0
+        from . import console
+
         fds = console.open_pair(rootfs.tree, process.get("consoleSize"), uid)
         devices.make_console(rootfs.tree, fds[1])
     _hooks(job, channel)
@@ -215,6 +217,8 @@ def _hooks(job: Job, channel: socket) -> None:
     channel.send(b'{"hooks": true}')
     if channel.recv(16) != b"go":
         posix._exit(1)
+    from . import hooks
+
     hooks.run(wanted, "createContainer", job.state)
 
 

@@ -9,15 +9,19 @@ _WRITE = posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_NOFOLLOW | posi
 _TYPE = 0o170000
 
 
-def copy_up(source: int, target: int) -> None:
-    """Copy the tree below the directory `source` into the empty directory `target`: owners, modes, times, links."""
+def copy_up(source: int, target: int, keep: set[str]) -> None:
+    """Copy the tree below the directory `source` into the empty directory `target`: owners, modes, times, links.
+
+    `keep` names what the mount's options have given `target` itself and stays: "mode", "uid", "gid".
+    """
     source = posix.open(".", _READ | posix.O_DIRECTORY, dir_fd=source)
     target = posix.open(".", _READ | posix.O_DIRECTORY, dir_fd=target)
     try:
         _directory(source, target)
         status = posix.fstat(source)
-        posix.chown(target, status.st_uid, status.st_gid)
-        posix.chmod(target, status.st_mode & 0o7777)
+        posix.chown(target, -1 if "uid" in keep else status.st_uid, -1 if "gid" in keep else status.st_gid)
+        if "mode" not in keep:
+            posix.chmod(target, status.st_mode & 0o7777)
     finally:
         posix.close(source)
         posix.close(target)

@@ -3,6 +3,9 @@
 The order is chosen so that a kill -9 between any two lines leaves either nothing or a state directory from which
 `delete --force` finds and removes the rest: the record names the cgroup, the process and the moved NICs before they
 exist or change, and ovt-init ends by itself while it is not yet recorded.
+
+It is also chosen for speed: what the kernel and the builder do meanwhile covers the import of what is needed next,
+which is why some imports stand inside functions.
 """
 
 from __future__ import annotations
@@ -14,9 +17,8 @@ from ovt.kernel import cgroup as cgroups
 from ovt.kernel import procfs
 from ovt.kernel import syscalls as sc
 
-from . import builder, hooks, namespaces, process
+from . import namespaces, settle
 from .init import Init, above
-from .rootfs import Rootfs
 from .state import FIFO, START_ERROR, State, now
 from .tape import Tape
 
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
 
     from ovt.kernel.seccomp import Program
 
+    from .builder import Builder, Built
     from .labels import Labels
     from .mounts import Mount
+    from .process import Final
+    from .rootfs import Rootfs
 
 _O_RDWR_NEW = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
 _CAP_SYS_ADMIN = 21
@@ -107,14 +112,15 @@ class _Creation:
             "no_pivot": request.no_pivot or not self.ns.mask & sc.CLONE_NEWNS,
             "namespaces": self.ns.mask,
             "hooks": config.get("hooks") or {},
-            "process": self.process,
-            "seccomp": self.linux.get("seccomp"),
-            "personality": self.linux.get("personality"),
         }
-        self.state = State.make(root, container_id, self.record)
+        template = {name: self.linux[name] for name in ("seccomp", "personality") if self.linux.get(name)}
+        template["process"] = self.process
+        self.state = State.make(root, container_id, self.record, template)
         self.init: Init | None = None
-        self.builder: builder.Builder | None = None
+        self.builder: Builder | None = None
         self.labels: Labels | None = None
+        self.procfs: list[int] = []  # descriptors of the init, to be closed there
+        self.network = -1  # the namespace that NICs were moved to: it must not end before they are back
         self.open: list[int] = []  # ours, closed at the end
         self.master = -1
 
@@ -158,14 +164,16 @@ class _Creation:
             keep.append(self.labels.proc)
         passing = [*enter, *([into] if into >= 0 else []), *(fd for _, _, fd in joined)]
         init = self.init = Init(request.stdio, [*keep, *passing], lowest)
-        if enter:
-            self._enter_cgroup(init, enter)
+        tape = Tape()
+        _enter_cgroup(tape, enter)
         if self.user_namespace:
-            self._enter_user_namespace(init, joined)
-        cloned = self._clone(init, joined, into, keep)
+            tape = self._enter_user_namespace(init, tape, joined)
+        self._clone(init, tape, joined, into, keep)
         # while the kernel makes the namespaces
+        from . import builder
+
         rootfs = self._open_rootfs(init)
-        pid = init.adopt_clone(cloned)
+        pid = init.adopt_clone(tape)
         self.record["pid"] = pid
         self.record["pid_start"] = procfs.start_time(pid)
         self.record["cgroup"] = cgroup_record(self.cgroup)
@@ -182,6 +190,8 @@ class _Creation:
             job.state["rootfs"] = self.record["rootfs"]
         self.builder = builder.Builder(job)
         # while the builder mounts
+        from . import process
+
         self._network_devices(pid)
         self.cgroup.apply(self.linux.get("resources") or {})
         if self.linux.get("intelRdt"):
@@ -203,18 +213,8 @@ class _Creation:
         self.open.append(fd)
         return fd
 
-    def _enter_cgroup(self, init: Init, descriptors: list[int]) -> None:
-        """v1: the process moves itself, which spares the wait for a grace period that moving another one costs."""
-        tape = Tape()
-        zero = tape.text("0")
-        for fd in descriptors:
-            tape.call("enter the cgroup", "write", fd, zero, 1)
-            tape.call("close", "close", fd)
-        init.play(tape)
-
-    def _enter_user_namespace(self, init: Init, joined: list[tuple[str, int, int]]) -> None:
-        """A user namespace comes first: it owns all namespaces made after it."""
-        tape = Tape()
+    def _enter_user_namespace(self, init: Init, tape: Tape, joined: list[tuple[str, int, int]]) -> Tape:
+        """A user namespace comes first: it owns all namespaces made after it. Returns the tape to go on with."""
         if self.ns.new & sc.CLONE_NEWUSER:
             tape.call("create user namespace", "unshare", sc.CLONE_NEWUSER)
             init.play(tape)
@@ -223,13 +223,15 @@ class _Creation:
             fd = next(fd for kind, _, fd in joined if kind == "user")
             tape.call("join user namespace", "setns", fd, sc.CLONE_NEWUSER)
             init.play(tape)
+        return Tape()
 
-    def _clone(self, init: Init, joined: list[tuple[str, int, int]], cgroup_fd: int, keep: list[int]) -> Tape:
+    def _clone(
+        self, init: Init, tape: Tape, joined: list[tuple[str, int, int]], cgroup_fd: int, keep: list[int]
+    ) -> None:
         """Send the tape that joins and makes namespaces and ends as the container's first process.
 
         That has no descriptors but its standard ones, those handed down with it, and `keep`.
         """
-        tape = Tape()
         if not self.user_namespace:
             # with one, /proc/PID belongs to the namespace's root, and the kernel makes it undumpable by itself
             tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -255,7 +257,6 @@ class _Creation:
         tape.clone("create namespaces", sc.CLONE_PARENT | self.ns.new & ~later, cgroup_fd)
         init.close_inherited(tape, keep)
         init.send(tape)
-        return tape
 
     def _maps_root(self) -> bool:
         maps = self.linux.get("uidMappings") or []
@@ -265,6 +266,8 @@ class _Creation:
     def _open_rootfs(self, init: Init) -> Rootfs | None:
         if not self.ns.mask & sc.CLONE_NEWNS:
             return None
+        from .rootfs import Rootfs
+
         rootfs = Rootfs(
             self.config,
             self.request.bundle,
@@ -286,15 +289,16 @@ class _Creation:
         if not self.request.no_new_keyring:
             if self.labels:
                 self.labels.for_keys(tape)
-            process.join_keyring(tape, self.state.id)
+            settle.join_keyring(tape, self.state.id)
         mounts = rootfs.proc_mounts() if rootfs else []
         for mount in mounts:
-            process.open_procfs(tape, mount.options.data)
+            settle.open_procfs(tape, mount.options.data)
         init.send(tape)
         for mount in mounts:
             made = init.wait(tape)[1]
             number = init.wait(tape)[1]
             if number >= 0:
+                self.procfs.append(number)
                 mount.tree = self._own(init.take(number), 3 + self.request.keep_fds)
             mount.inside_errno = -min(0, made or number)
         init.wait(tape)
@@ -305,9 +309,10 @@ class _Creation:
             return
         from . import net_devices
 
-        net_devices.move_in(self.state, devices, pid)
+        self.network = self._own(posix.open(f"/proc/{pid}/ns/net", posix.O_RDONLY | posix.O_CLOEXEC))
+        net_devices.move_in(self.state, devices, self.network)
 
-    def _compile_seccomp(self, final: process.Final) -> Program | None:
+    def _compile_seccomp(self, final: Final) -> Program | None:
         profile = self.linux.get("seccomp")
         if not profile:
             return None
@@ -318,10 +323,14 @@ class _Creation:
         final.seccomp = (program.bpf, program.flags, program.notify)
         return program
 
-    def _wait_for_builder(self, pid: int) -> builder.Built:
+    def _wait_for_builder(self, pid: int) -> Built:
+        from .builder import Built
+
         assert self.builder is not None
         message, fds = self.builder.receive()
         if message.get("hooks"):
+            from . import hooks
+
             state = self._hook_state(pid)
             hooks.run(self.config.get("hooks"), "prestart", state)
             hooks.run(self.config.get("hooks"), "createRuntime", state)
@@ -330,7 +339,7 @@ class _Creation:
         self.builder.reap()
         for fd in fds:
             self._own(fd, 3 + self.request.keep_fds)
-        return builder.Built(message, self.open[len(self.open) - len(fds) :] if fds else [])
+        return Built(message, self.open[len(self.open) - len(fds) :] if fds else [])
 
     def _hook_state(self, pid: int) -> dict[str, Any]:
         return {
@@ -346,13 +355,17 @@ class _Creation:
     def _finish(
         self,
         init: Init,
-        final: process.Final,
-        built: builder.Built,
+        final: Final,
+        built: Built,
         fifo: int,
         errors: int,
         seccomp: Program | None,
     ) -> None:
+        from . import process
+
         tape = Tape()
+        for number in self.procfs:
+            tape.call("close", "close", number)
         if self.record["no_pivot"] and not self.request.no_pivot:
             path = self.record["rootfs"]
             tape.call(f"chdir {path}", "chdir", tape.text(path))
@@ -395,7 +408,7 @@ class _Creation:
             init.wait(tape)
         init.close()
 
-    def _publish(self, built: builder.Built) -> None:
+    def _publish(self, built: Built) -> None:
         self.record["ready"] = True
         self.record["cgroup"] = cgroup_record(self.cgroup)
         if built.master >= 0:
@@ -420,15 +433,23 @@ class _Creation:
             self.init.close()
             self.init.reap()
         try:
-            if self.record.get("netDevices"):
+            if self.network >= 0:
                 from . import net_devices
 
-                net_devices.move_back(self.state)
+                net_devices.undo(self.state, self.network)
             self.cgroup.kill()
             self.cgroup.remove()
         except (OSError, OvtError):
             return  # the first error is the one to tell; the record stays
         self.state.remove()
+
+
+def _enter_cgroup(tape: Tape, descriptors: list[int]) -> None:
+    """v1: the process moves itself, which spares the wait for a grace period that moving another one costs."""
+    zero = tape.text("0")
+    for fd in descriptors:
+        tape.call("enter the cgroup", "write", fd, zero, 1)
+        tape.call("close", "close", fd)
 
 
 class _IdMappings:

@@ -13,7 +13,7 @@ from ovt.errors import PayloadError, StateError
 from ovt.kernel import procfs
 from ovt.kernel import syscalls as sc
 
-from . import console, paths, process
+from . import console, paths, process, settle
 from .builder import home_of
 from .create import write_pid_file
 from .init import Init, above
@@ -154,7 +154,7 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
 def _labels(state: State, spec: dict[str, Any], lowest: int) -> Labels | None:
     """Labels that the process does not name itself are those of the container."""
     names = ("apparmorProfile", "selinuxLabel")
-    wanted = {name: spec.get(name) or state.record["process"].get(name) for name in names}
+    wanted = {name: spec.get(name) or state.template["process"].get(name) for name in names}
     if not any(wanted.values()):
         return None
     from .labels import Labels
@@ -194,24 +194,24 @@ def _attach_cgroup(state: State, pid: int, sub: str | None) -> None:
 
 def _join(state: State, mask: int, pidfd: int) -> Tape:
     tape = Tape()
-    process.join_keyring(tape, state.id)
+    settle.join_keyring(tape, state.id)
     rest = mask & ~_OUTSIDE
     if rest:
         tape.call("join the container's namespaces", "setns", pidfd, rest)
     if mask & sc.CLONE_NEWUSER and state.record.get("maps_root", True):
         tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
         tape.call("become root of the user namespace", "setresuid", 0, 0, 0)
-    process.personality(tape, state.record)
+    process.personality(tape, state.template)
     return tape
 
 
 def _final(
     state: State, spec: dict[str, Any], program: str, env: list[str], lowest: int
 ) -> tuple[process.Final, Program | None]:
-    capabilities = spec.get("capabilities") or state.record["process"].get("capabilities")
+    capabilities = spec.get("capabilities") or state.template["process"].get("capabilities")
     final = process.Final({**spec, "env": env, "capabilities": capabilities}, program, lowest)
     final.user_namespace = bool(state.record["namespaces"] & sc.CLONE_NEWUSER)
-    profile = state.record.get("seccomp")
+    profile = state.template.get("seccomp")
     if not profile:
         return final, None
     from ovt.kernel import seccomp
@@ -235,7 +235,7 @@ def run_start_hooks(state: State) -> None:
             "env": hook.get("env") or [],
             "cwd": "/",
             "user": {"uid": 0, "gid": 0},
-            "capabilities": state.record["process"].get("capabilities"),
+            "capabilities": state.template["process"].get("capabilities"),
         }
         read, write = posix.pipe2(posix.O_CLOEXEC)
         null = posix.open("/dev/null", posix.O_WRONLY | posix.O_CLOEXEC)

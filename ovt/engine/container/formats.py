@@ -3,6 +3,8 @@
 The answers complete the sentence `$.path: …, not "value"`. Nothing here looks at the host or at other members.
 """
 
+NAME_MAX = 255
+CGROUP_PATH_MAX = 3500  # of PATH_MAX; the rest is for the mount point before and a file's name behind
 # Linux: IFNAMSIZ less its NUL, __NEW_UTS_LEN, the largest MAX_NUMNODES
 INTERFACE_NAME_MAX = 15
 HOST_NAME_MAX = 64
@@ -97,7 +99,10 @@ def device_access(text: str) -> str:
 
 def cgroups_path(text: str) -> str:
     """A path in the cgroup hierarchy, or slice:prefix:name for systemd."""
-    return "must not contain .." if ".." in text.split("/") else one_line(text)
+    parts = text.split("/")
+    if len(text.encode()) > CGROUP_PATH_MAX or max(len(part.encode()) for part in parts) > NAME_MAX:
+        return f"must have at most {CGROUP_PATH_MAX} bytes, and {NAME_MAX} between slashes"
+    return "must not contain .." if ".." in parts else one_line(text)
 
 
 def host_name(text: str) -> str:

@@ -49,6 +49,9 @@ def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
         (posix.POSIX_SPAWN_DUP2, out_write, 1),
         (posix.POSIX_SPAWN_DUP2, out_write, 2),
     ]
+    # a hook may leave a daemon behind, which would hold on to what our caller leaked to us
+    inherited = [int(name) for name in posix.listdir("/proc/self/fd")]
+    actions += [(posix.POSIX_SPAWN_CLOSE, fd) for fd in inherited if fd > 2]
     for fd, stream in ((1, "stdout"), (2, "stderr")):
         path = annotations.get(f"run.oci.hooks.{stream}")
         if path:

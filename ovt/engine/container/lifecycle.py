@@ -26,7 +26,7 @@ def start(state: State) -> None:
     status = state.status()
     if status != CREATED:
         raise StateError(f"cannot start a container in the {status} state: {state.id}")
-    if not state.record["process"].get("args"):
+    if not state.template["process"].get("args"):
         raise OvtError(f"cannot start {state.id}: the configuration has no process to run")
     hooks = state.record["hooks"]
     if hooks.get("startContainer"):
@@ -67,7 +67,7 @@ def start(state: State) -> None:
 
 def _raise_exec_error(state: State, report: bytes) -> None:
     errno = int.from_bytes(report[4:8], "little")
-    name = state.record["process"]["args"][0]
+    name = state.template["process"]["args"][0]
     words = posix.strerror(errno).lower()
     raise PayloadError(f'exec: "{name}": {words}', 127 if errno == ENOENT else 126)
 

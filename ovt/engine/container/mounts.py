@@ -183,7 +183,7 @@ def _attach(mount: Mount, root: int, label: tuple[str, str] | None) -> int:
         if options.tmpcopyup and mount.type == "tmpfs":
             from .copyup import copy_up
 
-            copy_up(target, mount.tree)
+            copy_up(target, mount.tree, {word.partition("=")[0] for word in options.data})
             _set_attributes(mount.tree, options)
         sc.move_mount(mount.tree, target)
     finally:

@@ -14,27 +14,37 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def move_in(state: State, devices: dict[str, dict[str, Any]], pid: int) -> None:
-    """Move `devices` (host name: {"name": name inside}) into the network namespace of `pid`, recording each first."""
-    namespace = posix.open(f"/proc/{pid}/ns/net", posix.O_RDONLY | posix.O_CLOEXEC)
-    try:
-        moved: list[dict[str, Any]] = state.record.setdefault("netDevices", [])
+def move_in(state: State, devices: dict[str, dict[str, Any]], namespace: int) -> None:
+    """Move `devices` (host name: {"name": name inside}) into the network namespace, recording each first."""
+    moved: list[dict[str, Any]] = state.record.setdefault("netDevices", [])
 
-        def announce(record: dict[str, Any]) -> None:
-            moved.append(record)
-            state.save()
+    def announce(record: dict[str, Any]) -> None:
+        moved.append(record)
+        state.save()
 
-        for name, wanted in devices.items():
-            netdevice.move_device(name, namespace, (wanted or {}).get("name") or "", announce)
-            state.save()
-    finally:
-        posix.close(namespace)
+    for name, wanted in devices.items():
+        netdevice.move_device(name, namespace, (wanted or {}).get("name") or "", announce)
+        state.save()
+
+
+def undo(state: State, namespace: int) -> None:
+    """After a failed creation: every device is back on the host as it was. The first failure is raised at the end."""
+    remaining = state.record.get("netDevices") or []
+    failure: OvtError | None = None
+    for record in list(remaining):
+        try:
+            netdevice.undo_move(record, namespace)
+            remaining.remove(record)
+        except OvtError as error:
+            failure = failure or error
+    if failure:
+        raise failure
 
 
 def move_back(state: State) -> None:
     """Give every device that was moved its old identity back on the host; virtual ones end with the namespace."""
     namespace = -1
-    if state.pid:
+    if state.alive():
         try:
             namespace = posix.open(f"/proc/{state.pid}/ns/net", posix.O_RDONLY | posix.O_CLOEXEC)
         except OSError:

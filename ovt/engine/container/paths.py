@@ -32,7 +32,7 @@ def open_checked(root: int, path: str, flags: int, kind: int, number: int = 0) -
     """Open `path` for use, but only if it is of the type `kind` (S_IF*) and, a device, has the number `number`.
 
     Looked at first and opened then, by the very same descriptor: to open a device, a FIFO or an automount of the
-    image's own choice is already to act on it. OSError with ENXIO for anything else. The caller still has the host's /proc.
+    image's own choice is already to act on it. OSError with ENXIO for anything else. The host's /proc is needed.
     """
     fd = resolve(root, path)
     try:

@@ -28,7 +28,6 @@ PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 _CLOSE_RANGE_CLOEXEC = 4
-_KEYCTL_JOIN_SESSION_KEYRING = 1
 _SECCOMP_SET_MODE_FILTER = 1
 _POLLIN = 1
 _TIOCSCTTY = 0x540E
@@ -231,29 +230,6 @@ def become_session(tape: Tape, terminal: bool) -> None:
             tape.call("dup terminal", "dup3", Received(0), fd, 0)
         tape.call("set controlling terminal", "ioctl", 0, _TIOCSCTTY, 0)
         tape.call("close", "close", Received(0), flags=IGNORE_ERROR)
-
-
-def join_keyring(tape: Tape, container_id: str) -> None:
-    """A session keyring of the container's own; kernels without keyrings go without."""
-    name = tape.text(f"_ses.{container_id[:200]}")
-    tape.call("join session keyring", "keyctl", _KEYCTL_JOIN_SESSION_KEYRING, name, 0, 0, 0, flags=IGNORE_ERROR)
-
-
-def open_procfs(tape: Tape, data: list[str]) -> None:
-    """A detached procfs of the pid namespace that plays the tape; reported are the result of its making, and its
-    descriptor, minus errno on failure."""
-    context = tape.call("fsopen proc", "fsopen", tape.text("proc"), sc.FSOPEN_CLOEXEC, flags=IGNORE_ERROR)
-    for word in data:
-        key, equals, value = word.partition("=")
-        what = f"mount proc: option {word!r}"
-        kind = sc.FSCONFIG_SET_STRING if equals else sc.FSCONFIG_SET_FLAG
-        tape.call(what, "fsconfig", context, kind, tape.text(key), tape.text(value) if equals else 0, 0)
-    # refused where the container does not own its pid namespace
-    create = tape.call("create procfs", "fsconfig", context, sc.FSCONFIG_CMD_CREATE, 0, 0, 0, flags=IGNORE_ERROR)
-    mount = tape.call("mount procfs", "fsmount", context, sc.FSMOUNT_CLOEXEC, 0, flags=IGNORE_ERROR)
-    tape.call("close", "close", context, flags=IGNORE_ERROR)
-    tape.report(create)
-    tape.report(mount)
 
 
 def finish(tape: Tape, final: Final, sync_fd: int) -> None:

@@ -1,6 +1,7 @@
 """The state directory of a container: `<root>/<id>/` (runtime-spec, "State").
 
     state.json   what must be known to find, finish or remove the container; replaced atomically
+    exec.json    what `exec` takes from the configuration: its process, seccomp and personality; never changes
     exec.fifo    exists until `start`: a container with it is `created`
     start.error  ovt-init's last words when the program could not be executed
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 OCI_VERSION = "1.3.0"
 STATE = "state.json"
+TEMPLATE = "exec.json"
 FIFO = "exec.fifo"
 START_ERROR = "start.error"
 
@@ -69,30 +71,40 @@ def make_root(root: str) -> None:
 class State:
     """One container's directory and its record (a dict, kept as JSON)."""
 
-    __slots__ = ("id", "path", "record")
+    __slots__ = ("_template", "id", "path", "record")
 
-    def __init__(self, root: str, container_id: str, record: dict[str, Any]) -> None:
+    def __init__(
+        self, root: str, container_id: str, record: dict[str, Any], template: dict[str, Any] | None = None
+    ) -> None:
         self.id = container_id
         self.path = f"{root}/{container_id}"
         self.record = record
+        self._template = template
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """exec.json: {"process", "seccomp", "personality"}; apart, as profiles are long and most verbs need none."""
+        if self._template is None:
+            self._template = jsonc.loads(procfs.read(f"{self.path}/{TEMPLATE}", 16 << 20))
+        return self._template
 
     # making, loading, removing
 
     @classmethod
-    def make(cls, root: str, container_id: str, record: dict[str, Any]) -> State:
+    def make(cls, root: str, container_id: str, record: dict[str, Any], template: dict[str, Any]) -> State:
         """Claim the name: the directory comes into being with its record in it. Conflict when the name is taken."""
         make_root(root)
         temporary = f"{root}/.{container_id[:200]}.{posix.getpid()}"
-        state = cls(root, container_id, record)
+        state = cls(root, container_id, record, template)
         if _exists(state.path):
             raise Conflict(f"container with given ID already exists: {container_id}")
         posix.mkdir(temporary, 0o711)
         _write(f"{temporary}/{STATE}", jsonc.dumps(record))
+        _write(f"{temporary}/{TEMPLATE}", jsonc.dumps(template))
         try:
             posix.rename(temporary, state.path)  # onto an existing non-empty directory: ENOTEMPTY or EEXIST
         except OSError as error:
-            posix.unlink(f"{temporary}/{STATE}")
-            posix.rmdir(temporary)
+            remove_tree(temporary)
             if error.errno in (EEXIST, 39):
                 raise Conflict(f"container with given ID already exists: {container_id}") from None
             raise

@@ -116,14 +116,19 @@ def same_pid_namespace(pid: int) -> list[int]:
     return sorted(found)
 
 
+def _hierarchies() -> list[str]:
+    if os.path.exists(f"{_CGROUP}/cgroup.controllers"):
+        return [_CGROUP]
+    if not os.path.isdir(_CGROUP):
+        return []
+    return [f"{_CGROUP}/{name}" for name in os.listdir(_CGROUP) if not os.path.islink(f"{_CGROUP}/{name}")]
+
+
 def cgroup_directories(parent: str) -> Iterator[str]:
     """The directories that ovt made for containers below `parent` in every hierarchy."""
     if not parent.startswith("/"):
         return
-    roots = [_CGROUP] if os.path.exists(f"{_CGROUP}/cgroup.controllers") else []
-    if not roots and os.path.isdir(_CGROUP):
-        roots = [f"{_CGROUP}/{name}" for name in os.listdir(_CGROUP) if not os.path.islink(f"{_CGROUP}/{name}")]
-    for root in roots:
+    for root in _hierarchies():
         try:
             names = os.listdir(root + parent)
         except OSError:
@@ -141,3 +146,12 @@ def remove_cgroup(path: str) -> None:
         except OSError as error:
             pids = procfs.read(f"{directory}/cgroup.procs").split()
             raise HostError(f"{directory} is still used by processes {' '.join(pids)}", error.errno or 0) from error
+
+
+def remove_parents(parent: str) -> None:
+    """Remove the directory `parent` itself where nothing is left in it."""
+    for root in _hierarchies():
+        try:
+            os.rmdir(root + parent)
+        except OSError:
+            continue  # in use, or not there

@@ -116,8 +116,12 @@ class Cgroup:
 
         return collect(self)
 
-    def delegate(self, uid: int, gid: int) -> None:
-        """Give the cgroup to `uid`:`gid` (host ids) so that the container may make cgroups of its own below (v2)."""
+    def delegate(self, uid: int, gid: int, sub: str = "") -> None:
+        """Give the cgroup to `uid`:`gid` (host ids) so that the container may make cgroups of its own below (v2).
+
+        With `sub` it is the cgroup of that name below which is made and given; `attach` the process there. Nothing is
+        done on v1. See delegation.requested for when.
+        """
 
     def events(self, timeout: float | None = None) -> Events:
         """Iterate over `{"type": "oom"}`, one for each out-of-memory kill from now on.

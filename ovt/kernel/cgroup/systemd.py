@@ -221,7 +221,7 @@ class Systemd(Cgroup):
             return V2(mounts.unified, path.removeprefix(root))
         places = {name: mount for name, mount in mounts.v1.items() if name[:5] != "name=" or name == "name=systemd"}
         paths = {name: mount + path.removeprefix(clean(mounts.roots.get(mount, "/"))) for name, mount in places.items()}
-        return V1(places, paths, V2(mounts.unified, path) if mounts.unified else None)
+        return V1(places, paths, (mounts.unified, path) if mounts.unified else None)
 
     def fd(self, sub: str = "", init: int = 0) -> int:
         return self.inside.fd(sub, init) if self.inside else -1
@@ -296,8 +296,8 @@ class Systemd(Cgroup):
     def path_for(self, controller: str) -> str | None:
         return self.inside.path_for(controller) if self.inside else None
 
-    def delegate(self, uid: int, gid: int) -> None:
-        self._need().delegate(uid, gid)
+    def delegate(self, uid: int, gid: int, sub: str = "") -> None:
+        self._need().delegate(uid, gid, sub)
 
 
 def _named(error: DBusError, name: str) -> bool:

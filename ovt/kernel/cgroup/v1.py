@@ -1,8 +1,8 @@
 """A container's cgroups in the hierarchies of cgroup v1, by plain files; on hybrid hosts also what v2 alone holds.
 
 One directory per hierarchy. A hybrid host's cgroup2 mount is joined only when a resource needs a controller that lives
-there (hugetlb, say): `beside` is that cgroup, made on first use. Not here: what limits mean (limits_v1), device rules
-(devices), systemd.
+there (hugetlb, say): `beside` tells where that cgroup is, made on first use. Not here: what limits mean
+(limits_v1), device rules (devices), systemd.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ovt.kernel.cgroup.base import (
     signal_processes,
 )
 from ovt.kernel.cgroup.files import exists, make_directories, read, read_or, write
-from ovt.kernel.cgroup.knobs import Knob, settle
-from ovt.kernel.cgroup.v2 import V2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from ovt.kernel.cgroup.knobs import Knob
+    from ovt.kernel.cgroup.v2 import V2
 
 _FREEZE_SECONDS = 10.0
 # Hierarchies in which a container's processes stay in one place are asked first for the list of them.
@@ -35,7 +36,7 @@ _LIST_BY = ("pids", "devices", "freezer", "memory", "name=systemd")
 
 
 class V1(Cgroup):
-    """`paths`: controller to directory, `mounts`: controller to mount point.
+    """`paths`: controller to directory, `mounts`: controller to mount point, `beside`: cgroup2 mount, path below it.
 
     `made` becomes true with `create()`; `kept` lists directories that were there before and are not ours to remove;
     `denied` maps the controllers without a cgroup for this container to the reason.
@@ -43,7 +44,7 @@ class V1(Cgroup):
 
     __slots__ = ("paths", "mounts", "beside", "made", "kept", "denied")
 
-    def __init__(self, mounts: dict[str, str], paths: dict[str, str], beside: V2 | None = None) -> None:
+    def __init__(self, mounts: dict[str, str], paths: dict[str, str], beside: tuple[str, str] | None = None) -> None:
         self.mounts = mounts
         self.paths = paths
         self.beside = beside
@@ -68,16 +69,14 @@ class V1(Cgroup):
         if self.denied:
             record["denied"] = self.denied
         if self.beside:
-            record["beside"] = {"mount": self.beside.mount, "directory": self.beside.directory}
+            record["beside"] = list(self.beside)
         return record
 
     @classmethod
     def restored(cls, record: dict[str, Any]) -> V1:
         """The object that gave `record`."""
-        beside = None
-        if place := record.get("beside"):
-            beside = V2(place["mount"], place["directory"][len(place["mount"]) :])
-        group = cls(record["mounts"], record["paths"], beside)
+        mount, path = record.get("beside") or ("", "")
+        group = cls(record["mounts"], record["paths"], (mount, path) if mount else None)
         group.made = record["made"]
         group.kept = record.get("kept", [])
         group.denied = record.get("denied", {})
@@ -138,7 +137,15 @@ class V1(Cgroup):
 
     def _joined(self) -> V2 | None:
         """The cgroup in the cgroup2 mount of a hybrid host, if a resource has needed it."""
-        return self.beside if self.beside and exists(self.beside.directory) else None
+        if self.beside is None or not exists("".join(self.beside)):
+            return None
+        return self._beside()
+
+    def _beside(self) -> V2:
+        from ovt.kernel.cgroup.v2 import V2
+
+        assert self.beside is not None
+        return V2(*self.beside)
 
     def enter_fds(self, sub: str = "") -> list[int]:
         if self._joined():
@@ -173,6 +180,7 @@ class V1(Cgroup):
         return [directory + path if below.get(directory) else directory for directory in self._directories()]
 
     def apply(self, resources: dict[str, Any], *, update: bool = False) -> None:
+        from ovt.kernel.cgroup.knobs import settle
         from ovt.kernel.cgroup.limits_v1 import plan
 
         if update and (resources.get("memory") or {}).get("checkBeforeUpdate"):
@@ -204,12 +212,13 @@ class V1(Cgroup):
         return {key: value for key, value in resources.items() if key not in there}, there
 
     def _apply_beside(self, resources: dict[str, Any]) -> None:
-        assert self.beside is not None
-        if not self._joined():
-            self.beside.create()
+        beside = self._joined()
+        if beside is None:
+            beside = self._beside()
+            beside.create()
             for pid in self.pids():
-                self.beside.attach(pid)
-        self.beside.apply(resources, update=True)
+                beside.attach(pid)
+        beside.apply(resources, update=True)
 
     def _locate(self, knob: Knob) -> str | None:
         directory = self.paths.get(knob.controller)

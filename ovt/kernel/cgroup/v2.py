@@ -21,11 +21,12 @@ from ovt.kernel.cgroup.base import (
     signal_processes,
 )
 from ovt.kernel.cgroup.files import exists, make_directories, read, read_or, write
-from ovt.kernel.cgroup.knobs import Knob, settle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from ovt.kernel.cgroup.knobs import Knob
 
 _FREEZE_SECONDS = 10.0
 
@@ -190,6 +191,7 @@ class V2(Cgroup):
         return HostError(f"cannot move process {pid} into cgroup {target}: {reason}", error.errno or 0, hint)
 
     def apply(self, resources: dict[str, Any], *, update: bool = False) -> None:
+        from ovt.kernel.cgroup.knobs import settle
         from ovt.kernel.cgroup.limits_v2 import plan
 
         groups = plan(resources)
@@ -344,20 +346,24 @@ class V2(Cgroup):
     def path_for(self, controller: str) -> str | None:
         return None if self.denied else self.directory
 
-    def delegate(self, uid: int, gid: int) -> None:
+    def delegate(self, uid: int, gid: int, sub: str = "") -> None:
         if self.denied:
             return
+        directory = self.directory + check_sub(sub)
         files = read_or("/sys/kernel/cgroup/delegate", "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n")
         try:
-            posix.chown(self.directory, uid, gid)
+            make_directories(directory, self.directory)
+            posix.chown(directory, uid, gid)
             for name in files.split():
                 try:
-                    posix.chown(f"{self.directory}/{name}", uid, gid)
+                    posix.chown(f"{directory}/{name}", uid, gid)
                 except FileNotFoundError:  # listed for all kernels' sake; this cgroup may lack the controller
                     continue
         except OSError as error:
             raise HostError(
-                f"cannot give cgroup {self.directory} to {uid}:{gid}: {error.strerror}", error.errno or 0
+                f"cannot give cgroup {directory} to {uid}:{gid}: {error.strerror}",
+                error.errno or 0,
+                "only root may give a cgroup away",
             ) from error
 
 

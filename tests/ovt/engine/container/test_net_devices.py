@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from ovt.engine.container import init
+from ovt.engine.container.create import _Creation
 from ovt.engine.container.runtime import Runtime
-from ovt.errors import Conflict, NotFound
+from ovt.errors import Conflict, HostError, NotFound
 from ovt.kernel.netlink import Netlink
 
 pytestmark = pytest.mark.root
@@ -84,4 +85,19 @@ def test_a_nic_that_cannot_be_lent_gives_the_others_back(
     assert not (tmp_path / "run/net").exists()
     with Netlink() as outside:
         back = outside.link(nic)
-        assert back.mtu == 1400
+        assert back.up and back.mtu == 1400
+        assert [entry["address"] for entry in outside.addresses(back.index)] == ["192.0.2.7"]
+
+
+def test_a_creation_that_fails_later_gives_the_nic_back(
+    engine: Runtime, tmp_path: Path, nic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise HostError("refused by the test")
+
+    monkeypatch.setattr(_Creation, "_finish", refuse)
+    with pytest.raises(HostError, match="refused by the test"):
+        create(engine, tmp_path, {nic: {"name": "eth0"}})
+    assert not (tmp_path / "run/net").exists()
+    with Netlink() as outside:
+        assert outside.link(nic).up

@@ -83,7 +83,7 @@ def test_without_any_cgroup_file_system() -> None:
 def test_a_hybrid_host_keeps_a_place_beside() -> None:
     hybrid = Hierarchies(v1={"memory": "/cg/memory"}, unified="/cg/unified", own={"memory": "/", "": "/"})
     group = v1("/pod/web", mounts=hybrid)
-    assert group.beside is not None and group.beside.directory == "/cg/unified/pod/web"
+    assert group.beside == ("/cg/unified", "/pod/web")
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,19 @@ def test_a_delegated_cgroup_may_be_divided_but_not_widened(box: V2, child: Calla
     assert process.go().splitlines() == ["own", "but not what limits it"]
 
 
+def test_a_cgroup_below_is_given_away(box: V2, child: Callable[..., Child]) -> None:
+    process = child()
+    box.attach(process.pid)
+    box.delegate(65534, 65533, "guest/inner")
+    box.attach(process.pid, sub="guest/inner")
+    owners = [(os.stat(box.directory + path).st_uid, os.stat(box.directory + path).st_gid) for path in _PLACES]
+    assert owners == [(0, 0), (0, 0), (65534, 65533), (65534, 65533), (0, 0)]
+    assert box.pids() == [process.pid]
+
+
+_PLACES = ("", "/guest", "/guest/inner", "/guest/inner/cgroup.procs", "/guest/inner/cgroup.freeze")
+
+
 def test_everything_imports_only_what_the_hot_path_may() -> None:
     import subprocess
 
