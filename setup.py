@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: two small static programs are built from C, and the launcher keeps its first line."""
+"""What pyproject.toml cannot say: static programs are built from C, and the launchers are installed as they are."""
 
 import shutil
 import sys
@@ -30,7 +30,7 @@ class BuildNative(Command):
         native.build()
 
     def get_source_files(self) -> list[str]:
-        return ["scripts/native.py", *(source for source, _ in native.PROGRAMS.values())]
+        return ["scripts/native.py", *(source for sources, _ in native.PROGRAMS.values() for source in sources)]
 
     def get_outputs(self) -> list[str]:
         return []
@@ -44,7 +44,7 @@ class Build(build):
 
 
 class VerbatimScripts(build_scripts):
-    """setuptools and pip write an interpreter of their own into scripts; the launcher's is chosen with its flags."""
+    """setuptools and pip write an interpreter of their own into scripts; ours is chosen with its flags, or is none."""
 
     def copy_scripts(self) -> tuple[list[str], list[str]]:
         self.mkpath(self.build_dir)

@@ -8,6 +8,7 @@
  */
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "engine/freestanding.c"
+#include <limits.h>
 
 #define PYTHON "/usr/bin/python3"
 #define SCRIPT "/ovt-runtime.py"
@@ -43,7 +44,9 @@ static int is_id(const char *text) {
 
 /* `[options] start ID` in the spellings that runtime.split takes; 0 for anything else, faulty options among it. */
 static int parse(int argc, char **argv, struct request *request) {
-    static const char *const values[] = { "root", "log", "log-format", "cgroup-manager", "rootless", "criu", "log-level" };
+    static const char *const values[] = {
+        "root", "log", "log-format", "cgroup-manager", "rootless", "criu", "log-level",
+    };
     int i = 1;
     for (; i < argc && argv[i][0] == '-'; i++) {
         const char *name = argv[i];
@@ -52,7 +55,8 @@ static int parse(int argc, char **argv, struct request *request) {
         size_t n = value ? (size_t)(value - name) : strlen(name), which = 0;
         if (value) value++;
         if (is(name, n, "debug") || is(name, n, "systemd-cgroup")) {
-            if (value && strcmp(value, "true") && strcmp(value, "false") && strcmp(value, "1") && strcmp(value, "0")) return 0;
+            if (value && strcmp(value, "true") && strcmp(value, "1") && strcmp(value, "false") && strcmp(value, "0"))
+                return 0;
             continue;
         }
         while (which < sizeof values / sizeof *values && !is(name, n, values[which])) which++;
@@ -85,14 +89,15 @@ static int start(const struct request *request) {
     memcpy(path + n + 1, request->id, length + 1);
     int directory = open_at(AT_FDCWD, path, O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
     if (directory < 0 || CALL(newfstatat, directory, "plain", &status, AT_SYMLINK_NOFOLLOW, 0, 0) < 0) return 0;
-    struct pollfd fifo = { .fd = open_at(directory, "exec.fifo", O_WRONLY | O_NONBLOCK | O_CLOEXEC, 0) };
+    struct pollfd fifo = { .fd = open_at(directory, "exec.fifo", O_WRONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC, 0) };
     if (fifo.fd < 0 || unlinkat(directory, "exec.fifo", 0) < 0) return 0; /* whoever unlinks it is the one who starts */
     signal_action(SIGPIPE, SIG_IGN); /* Python ignores it too, so nothing is to be undone should it be next */
     if (write(fifo.fd, "\1", 1) != 1) return 0;
     /* the reading end closes by itself when execve succeeds, and with the process when it fails */
     while (poll(&fifo, 1, -1) < 0)
         if (errno != EINTR) return 0;
-    return CALL(newfstatat, directory, "start.error", &status, 0, 0, 0) == 0 && status.st_size == 0;
+    if (CALL(newfstatat, directory, "start.error", &status, 0, 0, 0) < 0) return errno == ENOENT; /* deleted by now */
+    return status.st_size == 0;
 }
 
 /* One line on stderr, as every error of the runtime. */
@@ -110,7 +115,7 @@ static int become_python(int argc, char **argv) {
     const char *slash = n > 0 ? find_last(script, '/', n) : NULL; /* also right for "… (deleted)" */
     if (!slash) return fail("cannot read /proc/self/exe (mount /proc)");
     memcpy(script + (slash - script), SCRIPT, sizeof SCRIPT);
-    char *arguments[argc + 3];
+    char *arguments[argc + 4];
     arguments[0] = PYTHON;
     arguments[1] = "-ISXutf8";
     arguments[2] = script;
@@ -127,7 +132,8 @@ __attribute__((used, noreturn)) void begin(long *stack) {
     struct request request = { 0 };
     environment = argv + argc + 1;
     if (parse(argc, argv, &request) && !variable("NOTIFY_SOCKET")) {
-        int log = request.log && *request.log ? open_at(AT_FDCWD, request.log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : 0;
+        int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC;
+        int log = request.log && *request.log ? open_at(AT_FDCWD, request.log, flags, 0600) : 0;
         if (log >= 0 && start(&request)) _exit(0);
     }
     _exit(become_python(argc, argv));

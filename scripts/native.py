@@ -1,4 +1,4 @@
-"""Builds the two small C programs of ovt into ovt/_bin, each only when something it is made of is newer.
+"""Builds the small C programs of ovt into ovt/_bin, each only when something it is made of is newer.
 
 Run by scripts/setup, and by setup.py for wheels and editable installs. It needs a C compiler and nothing else; the
 compiler is $CC, or `cc`.
@@ -21,9 +21,11 @@ FREESTANDING = [
     *["-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-builtin", "-fcf-protection=none"],
     *["-Wl,-z,norelro", "-Wl,--gc-sections", "-s"],
 ]
+# name: the source and what it includes, flags
 PROGRAMS = {
-    "ovt-init": ("ovt/engine/container/init.c", FREESTANDING),
-    "ovt-supervisor": ("ovt/engine/supervisor.c", FREESTANDING),
+    "ovt-init": (["ovt/engine/container/init.c"], FREESTANDING),
+    "ovt-supervisor": (["ovt/engine/supervisor.c", "ovt/engine/freestanding.c"], FREESTANDING),
+    "ovt-runtime": (["ovt/launcher.c", "ovt/engine/freestanding.c"], FREESTANDING),
 }
 
 
@@ -44,23 +46,23 @@ def build(root: Path = ROOT) -> list[Path]:
     """Compile what is stale below `root` and return the programs made; a failure ends the process with one line."""
     made = []
     missing = []
-    for name, (source_name, flags) in PROGRAMS.items():
-        source, target = root / source_name, root / "ovt/_bin" / name
-        if not source.exists():
-            missing.append(source_name)
+    for name, (source_names, flags) in PROGRAMS.items():
+        sources, target = [root / source_name for source_name in source_names], root / "ovt/_bin" / name
+        lacking = [str(source.relative_to(root)) for source in sources if not source.exists()]
+        if lacking:
+            missing += lacking
             continue
-        # with all C files beside it, as one may include another
-        newest = max(path.stat().st_mtime for path in (*source.parent.glob("*.c"), Path(__file__)))
+        newest = max(path.stat().st_mtime for path in (*sources, Path(__file__)))
         if target.exists() and target.stat().st_mtime >= newest:
             continue
         target.parent.mkdir(exist_ok=True)
         # A name of its own and a rename: the old program may be running, and two builds may meet.
         fresh = target.with_name(f".{name}.{os.getpid()}")
         cc = compiler()
-        command = [*cc, *flags_here(cc, flags), *WARNINGS, *HARDENING, "-o", str(fresh), str(source)]
+        command = [*cc, *flags_here(cc, flags), *WARNINGS, *HARDENING, "-o", str(fresh), str(sources[0])]
         try:
             if subprocess.run(command).returncode:
-                sys.exit(f"ovt: cannot compile {source_name}\n  the command was: {shlex.join(command)}")
+                sys.exit(f"ovt: cannot compile {source_names[0]}\n  the command was: {shlex.join(command)}")
             fresh.chmod(0o755)
             fresh.rename(target)
         finally:

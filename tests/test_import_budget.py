@@ -45,7 +45,8 @@ def imported(command: list[object], **options: object) -> set[str]:
 
 
 def runtime_imports(runtime: Path, *arguments: object) -> set[str]:
-    return imported(["/usr/bin/python3", "-ISXutf8", "-X", "importtime", runtime, *arguments], env=BARE, timeout=60)
+    script = runtime.with_name("ovt-runtime.py")
+    return imported(["/usr/bin/python3", "-ISXutf8", "-X", "importtime", script, *arguments], env=BARE, timeout=60)
 
 
 def foreign(names: set[str]) -> set[str]:
@@ -65,6 +66,7 @@ def test_runtime_verbs_without_a_container(runtime: Path, tmp_path: Path, argume
 @pytest.mark.root
 def test_runtime_verbs_on_a_container(runtime: Path, run_root: Path, bundle: Bundle, container_id: str) -> None:
     place = bundle("sleep", "100")
+    script = runtime.with_name("ovt-runtime.py")
     verbs: list[tuple[object, ...]] = [
         ("create", "--bundle", place, "--pid-file", place / "pid", container_id),
         ("start", container_id),
@@ -80,7 +82,7 @@ def test_runtime_verbs_on_a_container(runtime: Path, run_root: Path, bundle: Bun
         log = run_root.with_name(f"{verb[0]}.importtime")
         with log.open("w") as stderr:
             done = subprocess.run(
-                ["/usr/bin/python3", "-ISXutf8", "-X", "importtime", runtime, "--root", run_root, *map(str, verb)],
+                ["/usr/bin/python3", "-ISXutf8", "-X", "importtime", script, "--root", run_root, *map(str, verb)],
                 env=BARE, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, timeout=60,
             )  # fmt: skip
         text = log.read_text()

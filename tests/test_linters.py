@@ -1,6 +1,7 @@
 """Linters, types and the rules no linter knows, as tests."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ FOREIGN = ("/work" + "/", "/root" + "/.", "." + "library", "share" + "d/research
 def tracked() -> list[Path]:
     """Every text file of the project, committed or not, without what .gitignore names."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode == 0:
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         files = [ROOT / line for line in done.stdout.splitlines()]
     else:  # an unpacked archive
         files = [p for top in (*PACKAGES, "tests", "scripts") for p in (ROOT / top).rglob("*") if p.is_file()]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,7 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = place / "source"
     source.mkdir()
     names = [*("ovt", "ovf", "sriov", "power", "scripts", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")]
-    names += ["LICENSE", "ovt-runtime", "CHANGELOG.md", "CONTRIBUTING.md"]
+    names += ["LICENSE", "ovt-runtime.py", "CHANGELOG.md", "CONTRIBUTING.md"]
     subprocess.run(["cp", "-a", *[ROOT / n for n in names], source], check=True)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     done = subprocess.run([*command, "-w", place, source], capture_output=True, text=True)
@@ -44,8 +45,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        (launcher,) = (n for n in names if n.endswith(".data/scripts/ovt-runtime"))
-        assert archive.read(launcher) == (ROOT / "ovt-runtime").read_bytes()
+        (scripts,) = {n.rpartition("/")[0] for n in names if ".data/scripts/" in n}
+        assert {n for n in names if n.startswith(scripts)} == {f"{scripts}/ovt-runtime", f"{scripts}/ovt-runtime.py"}
+        assert archive.read(f"{scripts}/ovt-runtime.py") == (ROOT / "ovt-runtime.py").read_bytes()
+        assert archive.read(f"{scripts}/ovt-runtime").startswith(b"\x7fELF")
+    assert "ovt/_bin/ovt-runtime" not in names
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     assert {"ovt/_bin/ovt-init", "ovt/_bin/ovt-supervisor", "ovt/runtime.py", "ovt/py.typed"} <= names
     tops = {n.split("/")[0] for n in names}
@@ -53,9 +57,9 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     assert [n for n in names if n.endswith(".pyc") or "/." in n] == []
 
 
-@pytest.mark.parametrize("program", ["ovt-init", "ovt-supervisor"])
+@pytest.mark.parametrize("program", ["ovt/_bin/ovt-init", "ovt/_bin/ovt-supervisor", "bin/ovt-runtime"])
 def test_programs_are_static_and_need_no_executable_stack(installed: Path, program: str) -> None:
-    (path,) = installed.glob(f"lib/python3*/site-packages/ovt/_bin/{program}")
+    (path,) = [*installed.glob(f"lib/python3*/site-packages/{program}"), *installed.glob(program)]
     assert os.access(path, os.X_OK)
     headers = subprocess.run(["readelf", "-lW", path], capture_output=True, text=True, check=True).stdout
     assert "INTERP" not in headers and "DYNAMIC" not in headers
@@ -75,14 +79,15 @@ def byte_code(launcher: Path) -> tuple[list[str], list[str]]:
 
 
 def test_the_first_start_after_pip_uses_byte_code(installed: Path) -> None:
-    cached, compiled = byte_code(installed / "bin/ovt-runtime")
+    cached, compiled = byte_code(installed / "bin/ovt-runtime.py")
     assert compiled == []
     assert any("/ovt/__pycache__/runtime." in name for name in cached)
 
 
 def test_the_source_tree_uses_byte_code(runtime: Path) -> None:
-    byte_code(runtime)  # a file may have been edited since scripts/setup; the first start then writes it
-    cached, compiled = byte_code(runtime)
+    script = runtime.with_name("ovt-runtime.py")
+    byte_code(script)  # a file may have been edited since scripts/setup; the first start then writes it
+    cached, compiled = byte_code(script)
     assert compiled == []
     assert any("/ovt/__pycache__/runtime." in name for name in cached)
 
@@ -145,8 +150,8 @@ def test_nothing_of_the_caller_is_imported(installed: Path, trap: Path, tmp_path
 
 
 def test_an_interpreter_without_isolation_is_left_at_once(installed: Path, trap: Path, tmp_path: Path) -> None:
-    """`python3 ovt-runtime` would have the caller's paths; the launcher starts over with flags of its own."""
-    launcher = installed / "bin/ovt-runtime"
+    """`python3 ovt-runtime.py` would have the caller's paths; the launcher starts over with flags of its own."""
+    launcher = installed / "bin/ovt-runtime.py"
     plain = version([str(launcher), "--version"], env=BARE, cwd="/")
     (trap / "sitecustomize.py").unlink()  # what Python itself loads before our first line is the caller's own doing
     (trap / "usercustomize.py").unlink()
@@ -158,12 +163,12 @@ def test_an_interpreter_without_isolation_is_left_at_once(installed: Path, trap:
     assert not (tmp_path / "caught").exists()
 
 
-def test_without_the_package_the_launcher_says_so(tmp_path: Path) -> None:
+def test_without_the_package_the_launcher_says_so(runtime: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "lib").mkdir()
+    for part in (runtime, runtime.with_name("ovt-runtime.py")):
+        shutil.copy(part, tmp_path / "bin")
     copy = tmp_path / "bin/ovt-runtime"
-    copy.write_bytes((ROOT / "ovt-runtime").read_bytes())
-    copy.chmod(0o755)
     done = subprocess.run([copy, "--version"], capture_output=True, text=True, env=BARE)
     assert done.returncode == 1
     assert done.stderr == f"ovt-runtime: no package ovt below {tmp_path}/lib; run scripts/setup or pip install\n"

@@ -131,11 +131,11 @@ def run(arguments: list[str]) -> int:
         output.error(f"{_what(verb, app)}{error}", error.hint)
         if isinstance(error, PayloadError):
             return error.exit_status
-        return error.exit_status if error.exit_status == 2 else _OWN_STATUS.get(verb, error.exit_status)
+        return _OWN_STATUS.get(verb, error.exit_status)
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "ovt"
         output.error(error.format_message(), getattr(error, "hint", "") or f"{path} --help")
-        return 2
+        return _OWN_STATUS.get(verb, 2)
     except click.ClickException as error:
         output.error(error.format_message())
         return _OWN_STATUS.get(verb, 1)

@@ -289,7 +289,7 @@ def _raw(fd: int) -> Iterator[None]:
     fatal = tuple(number for number in FATAL if signal.getsignal(number) is signal.SIG_DFL)
     with _handlers(fatal, die):
         try:
-            tty.setraw(fd)
+            tty.setraw(fd, termios.TCSADRAIN)  # not TCSAFLUSH: what was typed ahead is for the guest
             yield
         finally:
             # not TCSAFLUSH: what was typed ahead belongs to whoever reads the terminal next

@@ -1,4 +1,4 @@
-"""CVE-2024-21626, Leaky Vessels: descriptors that a runtime or its caller left open, and working directories in them."""
+"""CVE-2024-21626, Leaky Vessels: descriptors that a runtime or its caller left open; working directories in them."""
 
 import os
 import subprocess

@@ -22,7 +22,7 @@ SIGHTS = {
 def watching(config: dict[str, Any] | None = None, *, ptrace: bool = False) -> dict[str, Any]:
     """A configuration for a container that watches: writable root, and with `ptrace` CAP_SYS_PTRACE."""
     capabilities = ["CAP_KILL", "CAP_DAC_OVERRIDE", *(["CAP_SYS_PTRACE"] if ptrace else [])]
-    sets = {name: capabilities for name in ("bounding", "effective", "permitted")}
+    sets = dict.fromkeys(("bounding", "effective", "permitted"), capabilities)
     return {"root": {"readonly": False}, "process": {"capabilities": sets}, **(config or {})}
 
 

@@ -37,7 +37,7 @@ class PodmanHost:
         (self.directory / "containers.conf").write_text(CONFIGURATION)
         (self.directory / "home").mkdir()
         self.calls: list[str] = []
-        self._parent_existed = Path("/sys/fs/cgroup/memory/libpod_parent").exists()
+        self._cgroups_before = set(_podman_cgroups())
         archive = self.directory / "busybox.tar"
         archive.write_bytes(busybox_image.rootfs_tar())
         self.ok("import", "--quiet", "--change", "ENV PATH=/bin", str(archive), IMAGE)
@@ -159,10 +159,14 @@ class PodmanHost:
         for line in leaks.mounts([str(self.directory)]):
             subprocess.run(["umount", line.removeprefix("mount ")], check=False)
         shutil.rmtree(self.directory)
-        if not self._parent_existed:
-            for parent in Path("/sys/fs/cgroup").glob("*/libpod_parent"):
-                for directory in [*parent.glob("*/"), parent]:
-                    try:
-                        directory.rmdir()
-                    except OSError:  # somebody else's containers live there
-                        break
+        for directory in sorted(set(_podman_cgroups()) - self._cgroups_before, reverse=True):  # children first
+            try:
+                directory.rmdir()
+            except OSError:  # another podman moved in meanwhile
+                pass
+
+
+def _podman_cgroups() -> list[Path]:
+    """The cgroups podman makes for itself and for pods; it removes neither in every hierarchy."""
+    tops = list(Path("/sys/fs/cgroup").glob("*/libpod_parent")) + list(Path("/sys/fs/cgroup").glob("libpod_parent"))
+    return tops + [directory for top in tops for directory in top.glob("*/")]

@@ -7,14 +7,10 @@ SOCK_SEQPACKET channel: JSON messages, the terminal's descriptors riding along w
 
 from __future__ import annotations
 
-import fcntl
 import posix
 from _socket import (
-    AF_INET,
     AF_UNIX,
     SCM_RIGHTS,
-    SOCK_CLOEXEC,
-    SOCK_DGRAM,
     SOCK_SEQPACKET,
     SOL_SOCKET,
     sethostname,
@@ -37,8 +33,6 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1
 _SIGKILL = 9
 _LIMIT = 128 << 10
-_SIOCSIFFLAGS = 0x8914
-_IFF_UP = 0x1
 
 
 class Job:
@@ -148,8 +142,6 @@ def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
     if job.map_root:
         posix.setresgid(0, 0, 0)
         posix.setresuid(0, 0, 0)
-    if job.new & sc.CLONE_NEWNET:
-        _loopback_up()
     if config.get("hostname"):
         sethostname(config["hostname"])
     if config.get("domainname"):
@@ -192,13 +184,6 @@ def _join(job: Job) -> int:
 def _open_place(job: Job) -> int:
     path = job.rootfs.path if job.rootfs else "/"
     return posix.open(path, paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
-
-
-def _loopback_up() -> None:
-    """SIOCSIFFLAGS on lo: a new network namespace has it down."""
-    control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
-    fcntl.ioctl(control, _SIOCSIFFLAGS, pack("16sh22x", b"lo", _IFF_UP))
-    control.close()
 
 
 def _without_mount_namespace(

@@ -19,7 +19,7 @@ from ovt.kernel import syscalls as sc
 
 from . import namespaces, settle
 from .init import Init, above
-from .state import FIFO, START_ERROR, State, now
+from .state import FIFO, PLAIN, START_ERROR, State, now
 from .tape import Tape
 
 TYPE_CHECKING = False
@@ -154,7 +154,11 @@ class _Creation:
         fifo = self._own(posix.open(f"{self.state.path}/{FIFO}", read_end), lowest)
         errors = self._own(posix.open(f"{self.state.path}/{START_ERROR}", _O_RDWR_NEW, 0o600), lowest)
         joined = [(kind, flag, self._own(fd, lowest)) for kind, flag, fd in self.ns.open_joined()]
-        into = -1 if enter or self.user_namespace else self._own_if(self.cgroup.fd(), lowest)
+        delegated = self._delegation()
+        below = delegated[2] if delegated else ""
+        if delegated and below:
+            self.cgroup.delegate(*delegated)
+        into = -1 if enter or self.user_namespace else self._own_if(self.cgroup.fd(below), lowest)
         keep = [fifo, errors]
         if self.process.get("apparmorProfile") or self.process.get("selinuxLabel"):
             from .labels import Labels
@@ -179,7 +183,9 @@ class _Creation:
         self.record["cgroup"] = cgroup_record(self.cgroup)
         self.state.save()
         if not enter and into < 0:
-            self.cgroup.attach(pid)
+            self.cgroup.attach(pid, below)
+        if delegated and not below:
+            self.cgroup.delegate(*delegated)
         self._settle_inside(init, rootfs)
         job = builder.Job(rootfs, self.config, pid, self.ns.mask & ~sc.CLONE_NEWTIME, self.ns.new)
         job.cgroup = self.record["cgroup"]
@@ -189,6 +195,10 @@ class _Creation:
         if rootfs is None:
             job.state["rootfs"] = self.record["rootfs"]
         self.builder = builder.Builder(job)
+        beside = Tape()
+        if self.ns.new & sc.CLONE_NEWNET:
+            settle.loopback_up(beside)  # waits for locks of the network stack, so beside the builder
+        init.send(beside)
         # while the builder mounts
         from . import process
 
@@ -201,9 +211,18 @@ class _Creation:
         final = process.Final(self.process, "", lowest)
         seccomp = self._compile_seccomp(final)
         built = self._wait_for_builder(pid)
+        init.wait(beside)
         process.apply_from_outside(pid, self.process)
         self._finish(init, final, built, fifo, errors, seccomp)
         self._publish(built)
+
+    def _delegation(self) -> tuple[int, int, str] | None:
+        """Whom the container's cgroup is given to, and which one below it, if the configuration asks for that."""
+        if self.cgroup.mode != "v2":
+            return None
+        from ovt.kernel.cgroup import delegation
+
+        return delegation.requested(self.config)
 
     def _own_if(self, fd: int, lowest: int) -> int:
         return self._own(fd, lowest) if fd >= 0 else -1
@@ -420,6 +439,9 @@ class _Creation:
                 self.open.remove(built.master)
                 self.master = built.master
         self.state.save()
+        hooks = self.record["hooks"]
+        if self.process.get("args") and not hooks.get("startContainer") and not hooks.get("poststart"):
+            posix.close(posix.open(f"{self.state.path}/{PLAIN}", _O_RDWR_NEW, 0o600))
         if self.request.pid_file:
             write_pid_file(self.request.pid_file, self.state.pid)
 

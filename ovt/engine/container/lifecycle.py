@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from ovt.kernel.cgroup import Cgroup
 
 _SIGKILL = 9
-_REPORT_SIZE = 16
 
 
 def start(state: State) -> None:
-    """Let the waiting init execute the container's program; returns when it has, raises when it could not."""
+    """Let the waiting init execute the container's program; returns when it has, raises when it could not.
+
+    The plain part of this, without hooks, is also in ovt/launcher.c; what fails there is told here.
+    """
     status = state.status()
     if status != CREATED:
+        if not state.waiting() and status == STOPPED:
+            _raise_start_error(state)
         raise StateError(f"cannot start a container in the {status} state: {state.id}")
     if not state.template["process"].get("args"):
         raise OvtError(f"cannot start {state.id}: the configuration has no process to run")
@@ -45,15 +49,17 @@ def start(state: State) -> None:
     except FileNotFoundError:
         posix.close(fd)
         raise StateError(f"container {state.id} is being started by another process") from None
-    posix.write(fd, b"\1")
+    try:
+        posix.write(fd, b"\1")
+    except BrokenPipeError:
+        posix.close(fd)
+        raise StateError(f"cannot start a container that has stopped: {state.id}") from None
     # the reading end closes by itself when execve succeeds, and with the process when it fails
     poll = select.poll()
     poll.register(fd, 0)
     poll.poll()
     posix.close(fd)
-    failure = procfs.read(f"{state.path}/{START_ERROR}") if posix.stat(f"{state.path}/{START_ERROR}").st_size else ""
-    if failure:
-        _raise_exec_error(state, failure.encode("utf-8", "surrogateescape"))
+    _raise_start_error(state)
     if hooks.get("poststart"):
         from . import hooks as hooks_
 
@@ -65,7 +71,13 @@ def start(state: State) -> None:
             raise
 
 
-def _raise_exec_error(state: State, report: bytes) -> None:
+def _raise_start_error(state: State) -> None:
+    try:
+        report = procfs.read(f"{state.path}/{START_ERROR}").encode("utf-8", "surrogateescape")
+    except FileNotFoundError:
+        return  # a restored container has none, and one whose program has ended may be deleted by now
+    if not report:
+        return
     errno = int.from_bytes(report[4:8], "little")
     name = state.template["process"]["args"][0]
     words = posix.strerror(errno).lower()

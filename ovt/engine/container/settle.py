@@ -1,9 +1,14 @@
 """What a new container process does for itself before anything is built around it, as steps of a tape."""
 
+from _socket import AF_INET, SOCK_CLOEXEC, SOCK_DGRAM
+from _struct import pack
+
 from ovt.kernel import syscalls as sc
 
 from .tape import IGNORE_ERROR, Tape
 
+_SIOCSIFFLAGS = 0x8914
+_IFF_UP = 0x1
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
@@ -28,3 +33,11 @@ def open_procfs(tape: Tape, data: list[str]) -> None:
     tape.call("close", "close", context, flags=IGNORE_ERROR)
     tape.report(create)
     tape.report(mount)
+
+
+def loopback_up(tape: Tape) -> None:
+    """Set lo up: a new network namespace has it down."""
+    control = tape.call("open a socket", "socket", AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+    request = tape.data(pack("16sh22x", b"lo", _IFF_UP))
+    tape.call("set lo up", "ioctl", control, _SIOCSIFFLAGS, request)
+    tape.call("close", "close", control)

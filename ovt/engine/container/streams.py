@@ -164,7 +164,7 @@ def _forwarding(pid: int) -> Iterator[None]:
 def _raw(fd: int) -> Iterator[None]:
     before = termios.tcgetattr(fd)
     try:
-        tty.setraw(fd)
+        tty.setraw(fd, termios.TCSADRAIN)  # not TCSAFLUSH: what was typed ahead is for the guest
         yield
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -56,6 +56,7 @@ _NUMBERS = {
     "setresgid": (119, 149),
     "setresuid": (117, 147),
     "setsid": (112, 157),
+    "socket": (41, 198),
     "umask": (95, 166),
     "unshare": (272, 97),
     "write": (1, 64),

@@ -8,7 +8,7 @@ object again from it. Nothing here remembers processes: membership is always rea
 from __future__ import annotations
 
 import posix
-from errno import EACCES, ENODEV, ENOENT, EOPNOTSUPP, EPERM, EROFS, ESRCH
+from errno import EACCES, EBUSY, ENODEV, ENOENT, EOPNOTSUPP, EPERM, EROFS, ESRCH
 
 from ovt.errors import HostError, UsageError
 from ovt.kernel.cgroup.files import children, read
@@ -133,6 +133,21 @@ class Cgroup:
         return Events(self, timeout)
 
 
+_HINTS = {
+    EACCES: "run as root, or in a delegated cgroup (systemd: Delegate=yes)",
+    EPERM: "run as root, or in a delegated cgroup (systemd: Delegate=yes)",
+    EROFS: "mount the cgroup file system read-write",
+    ENOENT: "the cgroup was removed meanwhile, or the kernel is too old for the file: see the system's log",
+    ENODEV: "the cgroup was removed meanwhile",
+}
+
+
+def refused(action: str, error: OSError) -> HostError:
+    """The error for `action` (cannot ...) on cgroup files that the kernel refused, with what to do about it."""
+    hint = _HINTS.get(error.errno or 0, "see the kernel log (dmesg)")
+    return HostError(f"{action}: {error.strerror}", error.errno or 0, hint)
+
+
 def walk(directory: str) -> Iterator[str]:
     """`directory` and every cgroup below it, parents first."""
     yield directory
@@ -182,8 +197,11 @@ def remove_tree(directory: str, deadline: float = 5.0) -> None:
     HostError names the processes that are still there, with their state: one in `D` waits inside the kernel and no
     signal reaches it.
     """
-    if _remove_once(directory) is None:
+    failure = _remove_once(directory)
+    if failure is None:
         return
+    if failure.errno != EBUSY:
+        raise refused(f"cannot remove cgroup {directory}", failure)
     from time import monotonic, sleep
 
     end = monotonic() + deadline
@@ -197,6 +215,15 @@ def remove_tree(directory: str, deadline: float = 5.0) -> None:
             )
         sleep(pause)
         pause = min(pause * 2, 0.1)
+
+
+def remove_empty(directory: str) -> None:
+    """rmdir what an interrupted creation has left: if anybody is in it, it is not ours."""
+    try:
+        posix.rmdir(directory)
+    except OSError as error:
+        if error.errno not in (ENOENT, EBUSY):
+            raise refused(f"cannot remove cgroup {directory}", error) from error
 
 
 def _remove_once(directory: str) -> OSError | None:

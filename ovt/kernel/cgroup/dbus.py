@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _BUS = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+_LOGIN = "the bus is another user's: unset DBUS_SESSION_BUS_ADDRESS, or run as its user"
 SYSTEM_ADDRESS = "unix:path=/run/dbus/system_bus_socket"
 
 
@@ -126,16 +127,19 @@ class Bus:
             lines += self._receive()
         if b"\r\nOK " not in b"\r\n" + lines:
             said = lines.decode("ascii", "replace").strip()
-            raise HostError(f"the bus at {self.address} refused the login: {said}", 13)
+            raise HostError(f"the bus at {self.address} refused the login: {said}", 13, _LOGIN)
         self._send(b"BEGIN\r\n")
 
     def _send(self, data: bytes) -> None:
         try:
             self._socket.sendall(data)
         except OSError as error:
-            raise HostError(
-                f"the bus at {self.address} hung up: {error.strerror or error}", error.errno or 0
-            ) from error
+            raise self._hung_up(error.strerror or str(error), error.errno or 0) from error
+
+    def _hung_up(self, reason: str, errno: int = 0) -> HostError:
+        return HostError(
+            f"the bus at {self.address} hung up: {reason}", errno, "see the log of dbus or dbus-broker, then try again"
+        )
 
     def _receive(self) -> bytes:
         try:
@@ -145,9 +149,9 @@ class Bus:
                 f"no answer from {self.address} within {self.timeout:g} s", 110, "look for a blocked systemd or dbus"
             ) from error
         except OSError as error:
-            raise HostError(f"the bus at {self.address} hung up: {error.strerror}", error.errno or 0) from error
+            raise self._hung_up(error.strerror or str(error), error.errno or 0) from error
         if not data:
-            raise HostError(f"the bus at {self.address} hung up")
+            raise self._hung_up("end of file")
         return data
 
     def send(self, destination: str, path: str, interface: str, member: str, signature: str = "", *body: Any) -> int:

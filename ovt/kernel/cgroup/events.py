@@ -10,7 +10,7 @@ import posix
 from errno import ENODEV, ENOENT
 
 from ovt.errors import HostError
-from ovt.kernel.cgroup.base import Cgroup
+from ovt.kernel.cgroup.base import Cgroup, refused
 from ovt.kernel.cgroup.files import exists, read_or, write
 from ovt.kernel.cgroup.stats import flat
 from ovt.kernel.syscalls import syscall
@@ -48,9 +48,7 @@ class OomWatch:
             else:
                 self._watch_v1()
         except OSError as error:
-            raise HostError(
-                f"cannot watch for out-of-memory kills in {directory}: {error.strerror}", error.errno or 0
-            ) from error
+            raise refused(f"cannot watch for out-of-memory kills in {directory}", error) from error
         self._count = self._read()
 
     def _watch_v1(self) -> None:

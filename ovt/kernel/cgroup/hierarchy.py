@@ -97,6 +97,8 @@ class _Collector:
             names = [""]
         else:
             names = [name for name in kind[2].split(",") if name in self._wanted]
+        if names:
+            self._cover(mount + "/")
         for name in names:
             before = self.found.v1.get(name) if name else self.found.unified
             # A later mount of the same hierarchy is a bind mount somewhere (a root file system): keep the usual place.
@@ -107,6 +109,12 @@ class _Collector:
             else:
                 self.found.unified = mount
             self.found.roots[mount] = _unescape(fields[3])
+
+    def _cover(self, below: str) -> None:
+        """Forget the mounts that a later one hides: a private view mounts cgroup2 over v1's directory."""
+        self.found.v1 = {name: mount for name, mount in self.found.v1.items() if not mount.startswith(below)}
+        if (self.found.unified or "").startswith(below):
+            self.found.unified = None
 
     @property
     def complete(self) -> bool:

@@ -18,6 +18,8 @@ from ovt.kernel.cgroup.base import (
     all_processes,
     check_sub,
     refuse_used,
+    refused,
+    remove_empty,
     remove_tree,
     signal_processes,
 )
@@ -158,7 +160,7 @@ class V1(Cgroup):
         except OSError as error:
             for fd in descriptors:
                 posix.close(fd)
-            raise HostError(f"cannot open {error.filename}: {error.strerror}", error.errno or 0) from error
+            raise refused(f"cannot open {error.filename}", error) from error
         return descriptors
 
     def _targets(self, sub: str) -> list[str]:
@@ -296,14 +298,14 @@ class V1(Cgroup):
                 sleep(pause)
                 pause = min(pause * 2, 0.01)
         except OSError as error:
-            raise HostError(f"cannot freeze {self.paths['freezer']}: {error.strerror}", error.errno or 0) from error
+            raise refused(f"cannot freeze {self.paths['freezer']}", error) from error
 
     def thaw(self) -> None:
         self._need_freezer()
         try:
             write(self._state(), "THAWED")
         except OSError as error:
-            raise HostError(f"cannot thaw {self.paths['freezer']}: {error.strerror}", error.errno or 0) from error
+            raise refused(f"cannot thaw {self.paths['freezer']}", error) from error
 
     def frozen(self) -> bool:
         return "freezer" in self.paths and read_or(self._state(), "THAWED").strip() != "THAWED"
@@ -333,17 +335,8 @@ class V1(Cgroup):
 
     def remove(self) -> None:
         for directory in self._directories():
-            if directory in self.kept:
-                continue
-            if self.made:
-                remove_tree(directory)
-                continue
-            # A creation that was interrupted: take away what is empty, touch nothing else.
-            try:
-                posix.rmdir(directory)
-            except OSError as error:
-                if error.errno not in (ENOENT, EBUSY):
-                    raise HostError(f"cannot remove cgroup {directory}: {error.strerror}") from error
+            if directory not in self.kept:
+                (remove_tree if self.made else remove_empty)(directory)
         if self.made and (beside := self._joined()):
             remove_tree(beside.directory)
 
@@ -365,7 +358,7 @@ def _inherit_cpuset(directory: str, mount: str) -> None:
         try:
             _inherit(directory, mount, name)
         except OSError as error:
-            raise HostError(f"cannot set {error.filename}: {error.strerror}", error.errno or 0) from error
+            raise refused(f"cannot set {error.filename}", error) from error
 
 
 def _inherit(directory: str, mount: str, name: str) -> str:

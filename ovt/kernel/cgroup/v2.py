@@ -17,6 +17,8 @@ from ovt.kernel.cgroup.base import (
     all_processes,
     check_sub,
     refuse_used,
+    refused,
+    remove_empty,
     remove_tree,
     signal_processes,
 )
@@ -100,7 +102,7 @@ class V2(Cgroup):
         try:
             make_directories(self.directory, self.mount)
         except OSError as error:
-            raise HostError(f"cannot make cgroup {self.directory}: {error.strerror}", error.errno or 0) from error
+            raise refused(f"cannot make cgroup {self.directory}", error) from error
         self.made = True
 
     def enable(self) -> None:
@@ -293,7 +295,11 @@ class V2(Cgroup):
             poller.register(fd, POLLPRI | POLLERR)
             while wanted not in posix.pread(fd, 4096, 0):
                 if monotonic() > end:
-                    raise HostError(f"cgroup {self.directory} did not become {wanted.decode()} in {seconds:.0f} s")
+                    raise HostError(
+                        f"cgroup {self.directory} did not become {wanted.decode()} in {seconds:.0f} s",
+                        EBUSY,
+                        "a process sleeps in the kernel (state D): try again when it has woken",
+                    )
                 poller.poll(100)
         except HostError:
             if state == "1":
@@ -316,9 +322,7 @@ class V2(Cgroup):
                 return
             except OSError as error:
                 if error.errno not in (ENOENT, EOPNOTSUPP):  # Linux < 5.14, or threaded
-                    raise HostError(
-                        f"cannot write {self.directory}/cgroup.kill: {error.strerror}", error.errno or 0
-                    ) from error
+                    raise refused(f"cannot write {self.directory}/cgroup.kill", error) from error
         if not exists(self.directory):
             return
         was_frozen = self.frozen()
@@ -334,12 +338,7 @@ class V2(Cgroup):
         if self.denied or self.kept:
             return
         if not self.made:
-            # A creation that was interrupted: take away what is empty, touch nothing else.
-            try:
-                posix.rmdir(self.directory)
-            except OSError as error:
-                if error.errno not in (ENOENT, EBUSY):
-                    raise HostError(f"cannot remove cgroup {self.directory}: {error.strerror}") from error
+            remove_empty(self.directory)
             return
         remove_tree(self.directory)
 

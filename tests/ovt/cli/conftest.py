@@ -11,6 +11,7 @@ import pytest
 from ovt import cli
 from ovt.host import Host
 from tests.fakes import FakeEngine
+from tests.ovt.cli.place import Place
 
 
 class Done(NamedTuple):
@@ -49,3 +50,17 @@ def ovt(engine: FakeEngine, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         return Done(status, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def real_ovt(tmp_path: Path) -> Iterator[Place]:
+    """The installed `ovt` on directories of the test's own; after the test nothing of it may be left."""
+    place = Place(tmp_path)
+    (place.data / "instances").mkdir(parents=True)
+    (place.data / "names").mkdir()
+    (place.run / "containers").mkdir(parents=True)
+    yield place
+    ids = place.out("ps", "-aq", check=False).split()
+    if ids:
+        place("delete", "-f", *ids)
+    place.nothing_left()

@@ -49,6 +49,11 @@ def test_v2_beside_a_bookkeeping_hierarchy_of_v1() -> None:
     assert parse(only_named + V2, "1:name=systemd:/\n0::/\n").mode == "v2"
 
 
+def test_a_mount_over_the_others_hides_them() -> None:
+    found = parse(V1 + UNIFIED + "70 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n", V1_OWN + "0::/\n")
+    assert (found.mode, found.unified, found.v1) == ("v2", "/sys/fs/cgroup", {})
+
+
 def test_no_cgroup_file_system() -> None:
     assert parse("23 1 0:22 / / rw - ext4 /dev/vda rw\n", "").mode == "none"
 

@@ -1,8 +1,10 @@
 #!/usr/bin/python3 -ISXutf8
-# The launcher of the OCI runtime: finds the package, loads it from its compiled form, leaves without Python's farewell.
-# -I -S: nothing is ever imported from the caller's directory, PYTHONPATH or site-packages; only the package `ovt`, found
-# from the launcher's own real path, is added. Compiled on every call, so every line costs; 0.4 ms over bare Python.
-import gc, posix, sys
+# What ovt-runtime (ovt/launcher.c) becomes where it needs Python: finds the package, loads it, leaves without farewell.
+# -I -S: nothing is ever imported from the caller's directory, PYTHONPATH or site-packages; only the package `ovt`,
+# found from this file's own real path, is added. Compiled on every call, so every line costs; 0.4 ms over bare Python.
+import gc
+import posix
+import sys
 from _frozen_importlib import _load
 from _frozen_importlib_external import spec_from_file_location
 
@@ -10,9 +12,9 @@ gc.disable()  # a call lives for milliseconds; collections would take a tenth of
 
 
 def find(prefix):
-    for python in ("python%d.%d" % sys.version_info[:2], *posix.listdir(prefix + "/lib")):
+    for python in ("python{}.{}".format(*sys.version_info), *posix.listdir(prefix + "/lib")):
         for kind in "site", "dist":
-            packages = "%s/lib/%s/%s-packages" % (prefix, python, kind)
+            packages = f"{prefix}/lib/{python}/{kind}-packages"
             try:
                 names = posix.listdir(packages)
             except OSError:
@@ -25,11 +27,11 @@ def find(prefix):
                     source = str(posix.read(pth, 4096), "utf-8").split("\n")[0]
                     posix.close(pth)
                     return source + "/ovt"
-    sys.exit("ovt-runtime: no package ovt below %s/lib; run scripts/setup or pip install" % prefix)
+    sys.exit(f"ovt-runtime: no package ovt below {prefix}/lib; run scripts/setup or pip install")
 
 
 fd = posix.open(__file__, posix.O_PATH | posix.O_CLOEXEC)
-here = posix.readlink("/proc/self/fd/%d" % fd)  # the script, with every symbolic link on the way resolved
+here = posix.readlink(f"/proc/self/fd/{fd}")  # the script, with every symbolic link on the way resolved
 posix.close(fd)
 if sys.version_info < (3, 11) or not sys.flags.isolated:
     python = here.rsplit("/", 1)[0] + "/python3" if sys.version_info < (3, 11) else sys.executable
