@@ -35,10 +35,10 @@ here = posix.readlink(f"/proc/self/fd/{fd}")  # the script, with every symbolic 
 posix.close(fd)
 if sys.version_info < (3, 11) or not sys.flags.isolated:
     python = here.rsplit("/", 1)[0] + "/python3" if sys.version_info < (3, 11) else sys.executable
-    posix.execv(python, [python, "-ISXutf8", here] + sys.argv[1:])
+    posix.execv(python, [python, "-ISXutf8", here, *sys.argv[1:]])
 package = find(here.rsplit("/", 2)[0])
 _load(spec_from_file_location("ovt", package + "/__init__.py", submodule_search_locations=[package]))
-from ovt.runtime import main
+from ovt.runtime import main  # noqa: E402
 
 status = main()
 sys.stdout.flush()

@@ -50,7 +50,8 @@ def wait_for_record(home: str, timeout: float) -> ExitRecord | None:
 def settle(host: Host, id: str, restart: bool = False) -> Instance | None:
     """Write down the end of guest `id` if it has ended and nobody did, and remove it if it was run with --rm.
 
-    With `restart`, a guest that is to be started again is left RESTARTING in the name of this process, and returned.
+    The record after its end; None when it lives, or someone else was first. With `restart`, a guest that is to be
+    started again is left RESTARTING in the name of this process, which then has to do so.
     """
     from ovt.engine import supervised
 
@@ -64,27 +65,23 @@ def settle(host: Host, id: str, restart: bool = False) -> Instance | None:
                 return None  # the exit command is on its way and decides on the next start
             record = supervised.exit_record(home)
             code = record.code if record else UNKNOWN_EXIT
-            host.engine.cleanup(instance, home)
-            instance = host.store.save(
-                instance._replace(
-                    status=Status.STOPPED, pid=0, start_time=0, exit_code=code, finished=time.time(), restart_at=0.0
-                )
-            )
-            host.journal.write("exit", id, instance.name, exit_code=code)
+            starved = host.engine.cleanup(instance, home)
+            ended = instance._replace(status=Status.STOPPED, pid=0, start_time=0, restart_at=0.0)
+            instance = host.store.save(ended._replace(exit_code=code, finished=time.time(), oom_killed=starved))
+            host.journal.write("exit", id, instance.name, exit_code=code, **({"oom_killed": True} if starved else {}))
             if instance.spec.auto_remove:
                 host._remove(instance)
-                return None
-            if not restart or instance.stop_wanted:
-                return None
-            healthy = instance.finished - instance.started >= _HEALTHY
-            return _restart_later(host, instance, 0 if healthy else instance.restarts)
+            elif restart and not instance.stop_wanted:
+                healthy = instance.finished - instance.started >= _HEALTHY
+                return _restart_later(host, instance, 0 if healthy else instance.restarts)
+            return instance
     except NotFound:
         return None  # deleted meanwhile
 
 
-def _restart_later(host: Host, instance: Instance, restarts: int) -> Instance | None:
+def _restart_later(host: Host, instance: Instance, restarts: int) -> Instance:
     if not instance.spec.restart.wants(instance.exit_code, restarts):
-        return None
+        return instance
     own = os.getpid()
     return host.store.save(
         instance._replace(
@@ -98,9 +95,9 @@ def _restart_later(host: Host, instance: Instance, restarts: int) -> Instance | 
 
 
 def start_again(host: Host, waiting: Instance) -> None:
-    """Start `waiting` when its time has come; again and again while it cannot be started and its policy says so."""
-    pending: Instance | None = waiting
-    while pending is not None:
+    """Start `waiting`, if it is RESTARTING, when its time has come; again while that fails and its policy says so."""
+    pending = waiting
+    while pending.status is Status.RESTARTING:
         time.sleep(max(0.0, pending.restart_at - time.time()))
         try:
             with host.store.locked(pending.id) as instance:
@@ -123,9 +120,9 @@ def main(arguments: list[str]) -> None:
 
     data, run, id = arguments
     host = Host(data, run)
-    waiting = settle(host, id, restart=True)
-    if waiting is not None:
-        start_again(host, waiting)
+    ended = settle(host, id, restart=True)
+    if ended is not None:
+        start_again(host, ended)
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ class Host:
             if status in LIVE:
                 self.engine.update(instance, wanted)
             spec = instance.spec._replace(limits=wanted, restart=restart or instance.spec.restart)
-            instance = self.store.save(instance._replace(spec=spec))
+            instance = self.store.save(instance._replace(spec=spec), durable=True)
         self.journal.write("update", instance.id, instance.name)
         return instance
 
@@ -354,9 +354,9 @@ class Host:
                 time.sleep(0.05)
             self.settle(id)
 
-    def settle(self, id: str) -> None:
-        """Write down the end of a guest that has ended, unless someone did already."""
-        exits.settle(self, id)
+    def settle(self, id: str) -> Instance | None:
+        """Write down the end of a guest that has ended; the record, None when someone did already or it lives."""
+        return exits.settle(self, id)
 
     # inside
 

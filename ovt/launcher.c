@@ -4,7 +4,7 @@
  * does by itself what lifecycle.start (ovt/engine/container/lifecycle.py) does when `create` has left the file `plain`:
  * there is a program to execute and no hook around it. Everything else, and all that is not as expected, it leaves to
  * `ovt-runtime.py` beside it, arguments and environment untouched; so it has no error of its own but that there is no
- * Python. What it takes for itself must end as it would there (tests/system/test_launcher.py does both).
+ * Python. What it takes for itself must end as it would there (tests/test_launcher.py does both).
  */
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "engine/freestanding.c"
@@ -88,7 +88,9 @@ static int start(const struct request *request) {
     path[n] = '/';
     memcpy(path + n + 1, request->id, length + 1);
     int directory = open_at(AT_FDCWD, path, O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
-    if (directory < 0 || CALL(newfstatat, directory, "plain", &status, AT_SYMLINK_NOFOLLOW, 0, 0) < 0) return 0;
+    if (directory < 0 || fstat(directory, &status) < 0 || status.st_mode & 022) return 0;
+    if (status.st_uid && status.st_uid != (uid_t)CALL3(geteuid, 0, 0, 0)) return 0; /* another's: nothing in it counts */
+    if (CALL(newfstatat, directory, "plain", &status, AT_SYMLINK_NOFOLLOW, 0, 0) < 0) return 0;
     struct pollfd fifo = { .fd = open_at(directory, "exec.fifo", O_WRONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC, 0) };
     if (fifo.fd < 0 || unlinkat(directory, "exec.fifo", 0) < 0) return 0; /* whoever unlinks it is the one who starts */
     signal_action(SIGPIPE, SIG_IGN); /* Python ignores it too, so nothing is to be undone should it be next */

@@ -140,16 +140,20 @@ class Store:
         finally:
             os.close(fd)
 
-    def save(self, instance: Instance) -> Instance:
-        """Replace the record; only inside `locked`."""
-        write_json(f"{self.home(instance.id)}/{_RECORD}", pack(instance))
+    def save(self, instance: Instance, durable: bool = False) -> Instance:
+        """Replace the record; only inside `locked`.
+
+        After a power failure the record is whole, the new one or the one before. Only with `durable` is it the new
+        one for certain: what its owner asked for must last, what runs is over then anyway.
+        """
+        write_json(f"{self.home(instance.id)}/{_RECORD}", pack(instance), durable)
         return instance
 
     def rename(self, instance: Instance, name: str) -> Instance:
         """Give the instance another name; only inside `locked`. Conflict when it is taken."""
         with self.exclusive():
             self._claim(name, instance.id)
-            renamed = self.save(instance._replace(name=name))
+            renamed = self.save(instance._replace(name=name), durable=True)
             self._release(instance.name, instance.id)
         return renamed
 
@@ -227,15 +231,19 @@ class Store:
         return fd
 
 
-def write_json(path: str, value: Any) -> None:
-    """Replace the file `path` by a JSON document so that a reader, or the next boot, sees the old or the new whole."""
+def write_json(path: str, value: Any, durable: bool = True) -> None:
+    """Replace the file `path` by a JSON document so that a reader, or the next boot, sees the old or the new whole.
+
+    `durable` waits until the next boot is sure to see the new one.
+    """
     temporary = f"{path}.{os.getpid()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "wb", buffering=0) as file:
         file.write(json.dumps(value, separators=(",", ":")).encode())
         os.fsync(fd)
     os.rename(temporary, path)
-    sync_directory(os.path.dirname(path))
+    if durable:
+        sync_directory(os.path.dirname(path))
 
 
 def sync_directory(path: str) -> None:

@@ -32,6 +32,7 @@ class FakeEngine:
         self.homes: dict[str, str] = {}
         self.frozen: set[str] = set()
         self.traces: set[str] = set()
+        self.starved: set[str] = set()
         self.exit_commands: dict[str, list[str]] = {}
 
     def _note(self, method: str, *details: Any) -> None:
@@ -109,10 +110,11 @@ class FakeEngine:
     def copy(self, instance: Instance, home: str, alive: bool, source: str, target: str, into: bool) -> None:
         self._note("copy", instance.id, alive, source, target, into)
 
-    def cleanup(self, instance: Instance, home: str) -> None:
+    def cleanup(self, instance: Instance, home: str) -> bool:
         self._note("cleanup", instance.id)
         self.finish(instance.id, 137, 9)
         self.traces.discard(instance.id)
+        return instance.id in self.starved
 
     def destroy(self, instance: Instance, home: str) -> None:
         self._note("destroy", instance.id)

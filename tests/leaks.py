@@ -44,10 +44,11 @@ def cgroups() -> set[str]:
 def remove_test_cgroups() -> None:
     """Remove the shared parent directories; what is in use stays, it was reported by the test that left it."""
     for top in hierarchies():
-        try:
-            os.rmdir(f"{top}/{PREFIX}")
-        except OSError:
-            continue
+        for place, _, _ in os.walk(f"{top}/{PREFIX}", topdown=False):
+            try:
+                os.rmdir(place)
+            except OSError:
+                continue
 
 
 def descendants() -> dict[int, str]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ovt", "ovf", "sriov", "power")
 LONG, TOO_LONG, TOO_LONG_TEST = 400, 480, 600
 # Paths and names of the one machine somebody worked on have no place in the project.
-FOREIGN = ("/work" + "/", "/root" + "/.", "." + "library", "share" + "d/research", "share" + "d/lab", "bash" + "_jobs")
+FOREIGN = ("/work" + "/", "/root" + "/.", "/." + "library", "share" + "d/research", "share" + "d/lab", "bash" + "_jobs")
 
 
 def tracked() -> list[Path]:

@@ -66,6 +66,7 @@ def record(instance: Instance, status: Status) -> dict[str, Any]:
         "status": status.value,
         "pid": instance.pid if status in LIVE else 0,
         "exit_code": None if instance.exit_code < 0 or status in LIVE else instance.exit_code,
+        "oom_killed": instance.oom_killed,
         "restarts": instance.restarts,
         "created": show_time(instance.created),
         "started": show_time(instance.started),
@@ -98,7 +99,8 @@ def _status(item: dict[str, Any], now: float) -> str:
     if word in {"running", "paused"}:
         return f"{word} {show_age(now - times['started'])}"
     if word == "stopped" and times["finished"]:
-        return f"stopped ({item['exit_code']}) {show_age(now - times['finished'])} ago"
+        why = f"{item['exit_code']}, out of memory" if item["oom_killed"] else item["exit_code"]
+        return f"stopped ({why}) {show_age(now - times['finished'])} ago"
     if word == "stopped" and item["error"]:
         return "stopped (failed to start)"
     if word == "restarting":

@@ -51,6 +51,7 @@ def describe(app: App, reference: str) -> dict[str, Any]:
         "supervisor_pid": instance.supervisor_pid if status in LIVE else 0,
         "exit_code": None if instance.exit_code < 0 else instance.exit_code,
         "error": instance.error,
+        "oom_killed": instance.oom_killed,
         "restarts": instance.restarts,
         "created": values.show_time(instance.created),
         "started": values.show_time(instance.started),

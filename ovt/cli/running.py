@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ovt.cli import output
+from ovt.cli import output, values
 from ovt.cli.context import App, pass_app
 from ovt.cli.options import instance_options, spec_of
 from ovt.errors import OvtError, UsageError
@@ -76,5 +76,8 @@ def foreground(app: App, instance: Instance, detach_keys: str = DETACH_KEYS) -> 
     if not isinstance(code, int):
         output.note(f"\r\ndetached from {instance.name}; ovt attach {instance.name} goes back")
         return 0
-    app.host.settle(instance.id)
+    settled = app.host.settle(instance.id)
+    if settled is not None and settled.oom_killed:
+        limit = values.show_size(settled.spec.limits.memory)
+        output.note(f"ovt: {instance.name} reached its memory limit of {limit} and processes of it were killed")
     return code

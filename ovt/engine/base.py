@@ -110,10 +110,11 @@ class Engine(Protocol):
         `into`: `source` is the host's and `target` the guest's path; otherwise the other way round.
         """
 
-    def cleanup(self, instance: Instance, home: str) -> None:
+    def cleanup(self, instance: Instance, home: str) -> bool:
         """After the guest's end, or to make an end of it: kill what still runs and remove its run-time state.
 
-        The instance's files stay. Safe to repeat; also finishes what a killed `create` left.
+        The instance's files stay. Safe to repeat; also finishes what a killed `create` left. True when the kernel has
+        killed processes of the guest because its memory limit was reached.
         """
 
     def destroy(self, instance: Instance, home: str) -> None:

@@ -27,6 +27,7 @@ class Image(NamedTuple):
 
     reference: str
     layers: tuple[str, ...]
+    cached: bool  # the layers are ovt's own, not the directory that was named
     digest: str = ""
     command: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
@@ -41,12 +42,12 @@ def resolve(reference: str, cache: str, report: Report, mapped: Mapped) -> Image
     if reference == BUSYBOX:
         from ovt.image import busybox
 
-        program, digest = busybox.find()
-        layer = _cached(cache, f"busybox-{digest[:16]}", lambda root: mapped(lambda: busybox.build(program, root)))
-        return Image(reference, (layer,), f"sha256:{digest}", ("sh",))
+        program, version = busybox.find()
+        layer = _cached(cache, f"busybox-{version}", lambda root: mapped(lambda: busybox.build(program, root)))
+        return Image(reference, (layer,), True, "", ("sh",))
     path = os.path.abspath(os.path.expanduser(reference))
     if os.path.isdir(path):
-        return Image(path, (path,), "", ("/bin/sh",))
+        return Image(path, (path,), False, "", ("/bin/sh",))
     if os.path.isfile(path):
         from ovt.image import archive
 
@@ -56,7 +57,7 @@ def resolve(reference: str, cache: str, report: Report, mapped: Mapped) -> Image
             report(f"unpacking {reference}")
             mapped(lambda: archive.unpack(path, root, report))
 
-        return Image(path, (_cached(cache, digest, fill),), f"sha256:{digest}", ("/bin/sh",))
+        return Image(path, (_cached(cache, digest, fill),), True, f"sha256:{digest}", ("/bin/sh",))
     if os.path.exists(path):
         raise UsageError(f"{reference} is neither a directory nor a file", "give a root file system or a tar archive")
     raise NotFound(
@@ -89,7 +90,8 @@ def _cached(cache: str, key: str, fill: Callable[[str], None]) -> str:
             import shutil
 
             shutil.rmtree(temporary)
-        os.mkdir(temporary, 0o755)
+        os.mkdir(temporary)
+        os.chmod(temporary, 0o755)  # whatever the caller's umask
         try:
             fill(temporary)
             os.rename(temporary, final)

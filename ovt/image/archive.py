@@ -61,7 +61,8 @@ def unpack(path: str, root: str, report: Callable[[str], None] = lambda line: No
                     ) from error
             writer.finish()
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise OvtError(f"{path} cannot be read as a tar archive: {error}", "tar -tf shows where it ends") from error
+        why = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
+        raise OvtError(f"{path} cannot be read as a tar archive: {why}", f"tar -tf {path} shows more") from error
     finally:
         os.close(root_fd)
     if writer.skipped:
@@ -172,7 +173,8 @@ class _Writer:
         except FileNotFoundError:
             above = self._parent(parts[:-1])
         try:
-            os.mkdir(parts[-1], 0o755, dir_fd=above)
+            os.mkdir(parts[-1], 0o700, dir_fd=above)
+            os.chmod(parts[-1], 0o755, dir_fd=above)  # whatever the caller's umask
         finally:
             os.close(above)
         return openat2(self.root_fd, "/".join(parts), _DIRECTORY, 0, _RESOLVE)

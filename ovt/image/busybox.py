@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import struct
-import subprocess
 
 from ovt.errors import HostError, NotFound
 
@@ -30,15 +27,16 @@ _FILES = {
 
 
 def find() -> tuple[str, str]:
-    """The path of a static busybox of this host and its sha256; NotFound or HostError with the fix as hint."""
+    """The path of a static busybox of this host, and a word that changes when the program does; NotFound or HostError
+    with the fix as hint."""
     dynamic = ""
     for path in _PLACES:
         if not os.path.isfile(path):
             continue
         with open(path, "rb") as file:
-            content = file.read()
-        if is_static(content):
-            return path, hashlib.sha256(content).hexdigest()
+            if is_static(file.read(4096)):  # program headers follow the file header in what linkers write
+                info = os.fstat(file.fileno())
+                return path, f"{info.st_size:x}-{info.st_mtime_ns:x}"
         dynamic = path
     if dynamic:
         raise HostError(f"{dynamic} is linked against shared libraries, which the image would not have", hint=_HINT)
@@ -53,12 +51,17 @@ def is_static(content: bytes) -> bool:
     wide = content[4] == 2
     (offset,) = struct.unpack_from(f"{order}Q", content, 32) if wide else struct.unpack_from(f"{order}I", content, 28)
     size, count = struct.unpack_from(f"{order}2H", content, 54 if wide else 42)
+    if offset + count * size > len(content):
+        return False
     kinds = [struct.unpack_from(f"{order}I", content, offset + index * size)[0] for index in range(count)]
     return _PT_INTERP not in kinds
 
 
 def build(program: str, root: str) -> None:
     """Fill the directory `root`: busybox, a symbolic link for each applet where it belongs, and system files."""
+    import shutil
+    import subprocess
+
     listing = subprocess.run([program, "--list-full"], capture_output=True, text=True, check=False)
     if listing.returncode != 0:
         raise HostError(f"{program} --list-full failed: {listing.stderr.strip()}", hint=_HINT)

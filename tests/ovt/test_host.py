@@ -240,7 +240,7 @@ def test_stop_and_delete_while_a_restart_is_due(host: Host, engine: FakeEngine) 
         engine.finish(id, 1)
         waiting = exits.settle(host, id, restart=True)
         assert waiting is not None
-        assert status(host) is Status.RESTARTING
+        assert waiting.status is status(host) is Status.RESTARTING
         thread = threading.Thread(target=exits.start_again, args=(host, waiting))
         thread.start()
         verb("web")
@@ -263,7 +263,23 @@ def test_who_waits_leaves_a_restart_to_the_exit_command(host: Host, engine: Fake
     id = up(host, restart=Restart("always"))
     engine.finish(id, 1)
     host.settle(id)
-    assert exits.settle(host, id, restart=True) is not None
+    ended = exits.settle(host, id, restart=True)
+    assert ended is not None
+    assert ended.status is Status.RESTARTING
+
+
+def test_an_end_for_lack_of_memory_is_remembered(host: Host, engine: FakeEngine) -> None:
+    id = up(host)
+    engine.starved.add(id)
+    engine.finish(id, 137, 9)
+    ended = host.settle(id)
+    assert ended is not None
+    assert ended.oom_killed
+    host.start("web")
+    engine.starved.clear()
+    engine.finish(id, 0)
+    host.settle(id)
+    assert not host.get("web")[0].oom_killed
 
 
 def test_the_exit_command_is_this_very_ovt(host: Host, engine: FakeEngine) -> None:

@@ -20,7 +20,7 @@ HOST_PROGRAMS = [
     Path("/usr/bin/python3").resolve(),
     ROOT / "ovt/_bin/ovt-init",
     ROOT / "ovt/_bin/ovt-supervisor",
-    ROOT / ".venv/bin/ovt-runtime",
+    *sorted((ROOT / ".venv/bin").glob("ovt-runtime*")),
 ]
 
 

@@ -1,4 +1,4 @@
-"""CVE-2022-47952, 2023-25809: what a container sees of the host's control groups, and an unprivileged caller of files."""
+"""CVE-2022-47952, 2023-25809: what a container sees of the host's cgroups, and a caller without rights of its files."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import BARE, Bundle, Oci
-from tests.security.conftest import Create, refused, runs
+from tests.security.conftest import HOST_PROGRAMS, Create, refused, runs
 
 pytestmark = pytest.mark.root
 
@@ -16,7 +16,8 @@ pytestmark = pytest.mark.root
 PROBE = """
 for d in $(find /sys/fs/cgroup -type d); do mkdir $d/evil 2>/dev/null && { echo made $d; rmdir $d/evil; }; done
 for f in $(find /sys/fs/cgroup -name cgroup.procs); do sed 's/^/saw /' $f; done
-find /sys/fs/cgroup -name release_agent | while read f; do echo /evil 2>/dev/null > $f && echo agent $f; done
+find /sys/fs/cgroup -name release_agent | while read f; do (echo /evil > $f) 2>/dev/null && echo agent $f; done
+true
 """
 
 
@@ -43,9 +44,11 @@ def in_container(oci: Oci, bundle: Bundle, container_id: str, edit: Any) -> dict
 @pytest.mark.parametrize("namespace", [True, False], ids=["own namespace", "host's namespace"])
 def test_cve_2023_25809_read_only(oci: Oci, bundle: Bundle, container_id: str, namespace: bool) -> None:
     """The default mount: no directory can be made in any hierarchy, no foreign process is seen."""
-    found = in_container(oci, bundle, container_id, cgroup_mount(["nosuid", "noexec", "nodev", "ro"], namespace=namespace))
+    options = ["nosuid", "noexec", "nodev", "ro"]
+    found = in_container(oci, bundle, container_id, cgroup_mount(options, namespace=namespace))
     assert not found["made"] and not found["agent"]
-    assert len(found["saw"]) < 8 and "1" in found["saw"], "only what runs in the container, by its own numbers"
+    # a process of another pid namespace is shown as 0
+    assert "1" in found["saw"] and "0" not in found["saw"], "only what runs in the container, by its own numbers"
 
 
 @pytest.mark.parametrize("namespace", [True, False], ids=["own namespace", "host's namespace"])
@@ -54,7 +57,7 @@ def test_cve_2023_25809_writable(oci: Oci, bundle: Bundle, create: Create, conta
     options = ["nosuid", "noexec", "nodev", "rw"]
     found = in_container(oci, bundle, container_id, cgroup_mount(options, namespace=namespace))
     assert found["made"], "the mount is writable: the check above can fail"
-    assert not found["agent"] and len(found["saw"]) < 8
+    assert not found["agent"] and "0" not in found["saw"]
     container = create(bundle("sleep", "60", edit=cgroup_mount(options, namespace=namespace))).start()
     for line in Path(f"/proc/{container.pid}/mountinfo").read_text().splitlines():
         fields = line.split()
@@ -79,7 +82,7 @@ def test_cve_2023_25809_sysfs_of_the_host(oci: Oci, bundle: Bundle, container_id
         config["mounts"] = [mount for mount in config["mounts"] if mount["type"] != "cgroup"]
 
     found = in_container(oci, bundle, container_id, edit)
-    assert found["saw"] != set(), "the host's cgroups are visible there"
+    assert "0" in found["saw"], "the host's cgroups are visible there"
     assert not found["made"] and not found["agent"]
 
 
@@ -88,8 +91,6 @@ def test_cve_2022_47952_no_oracle_for_files(runtime: Path, tmp_path: Path) -> No
 
     Nothing of ovt is setuid, so this cannot but hold; a helper that opened paths with more rights would break it.
     """
-    if not os.access("/proc/self/ns/user", os.R_OK):
-        pytest.fail("no user namespaces")
     secret = tmp_path / "secret"
     secret.mkdir(mode=0o700)
     (secret / "exists").mkdir()
@@ -98,12 +99,11 @@ def test_cve_2022_47952_no_oracle_for_files(runtime: Path, tmp_path: Path) -> No
     for name in ("exists", "missing"):
         command = ["--root", f"/tmp/ovt-test-{os.getpid()}-nobody", "create", "-b", secret / name, "x"]
         done = subprocess.run(
-            ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "/usr/bin/python3", "-ISXutf8",
-             runtime.resolve(), *command],
+            ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", runtime, *command],
             env=BARE, cwd="/", capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=30,
         )
         answers.append(refused(done).replace(name, "NAME"))
     assert answers[0] == answers[1], answers
-    assert "permission denied" in answers[0].lower()
-    for program in (runtime.resolve(), Path(__file__).parents[2] / "ovt/_bin/ovt-init"):
+    assert "secret" in answers[0] and "permission denied" in answers[0].lower()
+    for program in HOST_PROGRAMS:
         assert not program.stat().st_mode & 0o6000

@@ -1,5 +1,6 @@
 """CVE-2024-21626, Leaky Vessels: descriptors that a runtime or its caller left open; working directories in them."""
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -144,11 +145,12 @@ def test_hooks_get_no_leaked_descriptor(oci: Oci, bundle: Bundle, container_id: 
     """What a hook of the host may hold open it may also forget: it gets its three descriptors and no more."""
     made = bundle("true")
     log = made / "log"
-    script = made / "hook"
-    script.write_text(f"#!/bin/sh\nls /proc/$$/fd > {log}\n")
-    script.chmod(0o755)
-    text = (made / "config.json").read_text()
-    hook = f'"hooks": {{"createRuntime": [{{"path": "{script}", "env": ["PATH=/usr/bin:/bin"]}}]}}, '
-    (made / "config.json").write_text("{" + hook + text[1:])
-    assert leaky("run", "-b", made, container_id).returncode == 0
-    assert set(log.read_text().split()) - {"10"} == {"0", "1", "2"}  # 10 is where sh keeps its script
+    command = ["sh", "-c", f"exec /bin/ls /proc/self/fd > {log}"]
+    config = json.loads((made / "config.json").read_text())
+    config["hooks"] = {"createRuntime": [{"path": "/bin/sh", "args": command}]}
+    config["hooks"]["createContainer"] = [{"path": "/bin/sh", "args": [*command[:2], f"{command[2]}-inside"]}]
+    (made / "config.json").write_text(json.dumps(config))
+    done = leaky("run", "-b", made, container_id)
+    assert done.returncode == 0, done.stderr
+    for name in ("log", "log-inside"):
+        assert (made / name).read_text().split() == ["0", "1", "2", "3"]  # 3 is the directory that ls reads

@@ -149,7 +149,8 @@ def test_no_interpreter_in_a_shared_pid_namespace(
     neighbour = bundle("/victim/busybox", "sleep", "60", config=watching(), edit=share)
     add_victim(neighbour / "rootfs")
     for _ in range(6):
-        other = create(neighbour).start()
+        other = create(neighbour)
+        oci("start", other.id)  # now and then "text file busy", while the watcher writes
         oci("exec", other.id, "/victim/busybox", "true")
         oci("delete", "--force", other.id, check=True)
     findings = stop(place, container, tmp_path)

@@ -12,8 +12,8 @@ from tests.security.conftest import Create, nobody, refused
 
 pytestmark = pytest.mark.root
 
-NAMES = ["../x", "../../x", "..", ".", "a/b", "/x", "a/../b", ".hidden", "", " ", "a b", "a\nb", "é", "-" * 1025, "a\\b"]
-NAMES += ["a;b", "$(id)", "a*", "~", "a%2fb"]
+NAMES = ["../x", "../../x", "..", ".", "a/b", "/x", "a/../b", ".hidden", "", " ", "a b", "a\nb", "é", "-" * 1025]
+NAMES += ["a\\b", "a;b", "$(id)", "a*", "~", "a%2fb"]
 VERBS = [["create", "-b", "BUNDLE"], ["start"], ["state"], ["kill"], ["delete"], ["delete", "--force"], ["exec"]]
 VERBS += [["pause"], ["resume"], ["ps"], ["update", "--pids-limit", "5"], ["events", "--stats"]]
 
@@ -66,26 +66,21 @@ def test_only_the_owner_reads_the_state(oci: Oci, create: Create, bundle: Bundle
     assert (run_root / container.id).is_dir()
 
 
-@pytest.mark.parametrize("what", ["foreign", "foreign parent", "writable by all", "link to a foreign one"])
-def test_a_state_directory_that_others_control(oci: Oci, bundle: Bundle, container_id: str, run_root: Path, what: str) -> None:
+@pytest.mark.parametrize("what", ["foreign", "writable by all", "link to a foreign one", "foreign link"])
+def test_a_state_directory_that_others_control(
+    oci: Oci, bundle: Bundle, container_id: str, run_root: Path, what: str
+) -> None:
     """Who can exchange the records can have any process killed and any hook run."""
     run_root.mkdir(mode=0o700)
     if what == "foreign":
         nobody(run_root)
-    elif what == "foreign parent":
-        inner = run_root / "inner"
-        inner.mkdir(mode=0o700)
-        nobody(run_root)
-        assert "belongs to uid 65534" in refused(oci("--root", inner, "create", "-b", bundle("true"), container_id))
-        return
     elif what == "writable by all":
         run_root.chmod(0o777)
     else:
         other = run_root.parent / "other"
-        other.mkdir()
-        nobody(other)
-        run_root.rmdir()
+        run_root.rename(other)
         run_root.symlink_to(other)
+        nobody(other) if what == "link to a foreign one" else os.lchown(run_root, 65534, 65534)
     message = refused(oci("create", "-b", bundle("true"), container_id))
     assert str(run_root) in message
     assert ("can be changed by everybody" if what == "writable by all" else "belongs to uid 65534") in message

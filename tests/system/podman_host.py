@@ -58,6 +58,7 @@ class PodmanHost:
             "PATH": os.environ["PATH"],
             "HOME": f"{self.directory}/home",
             "CONTAINERS_CONF": f"{self.directory}/containers.conf",
+            "PODMAN_IGNORE_CGROUPSV1_WARNING": "1",  # podman 5 puts one line on stderr of every call
         }
 
     def __call__(
@@ -71,6 +72,7 @@ class PodmanHost:
         """Run `podman ARGUMENTS…`; stdout and stderr come back apart, whatever the exit status."""
         done = subprocess.run(
             [*self.argv, *arguments],
+            cwd=self.directory,  # conmon leaves a file named `oom` where podman was called
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
             capture_output=True,

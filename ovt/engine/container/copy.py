@@ -48,21 +48,18 @@ class Side:
 Owner = Callable[[int, int], tuple[int, int]]  # the new (uid, gid) for an old one
 
 
-def keep_owner(uid: int, gid: int) -> tuple[int, int]:
-    """The numbers as they are."""
-    return uid, gid
-
-
-def copy(source: Side, target: Side, owner: Owner) -> None:
+def copy(source: Side, target: Side, owner: Owner, setid: bool = True) -> None:
     """Copy `source` to `target`, with the rules of cp(1): into a directory that exists, else under the new name;
-    `DIR/.` copies what is in DIR. `owner` is asked for the owner of everything that is made, by root only."""
+    `DIR/.` copies what is in DIR. `owner` is asked for the owner of everything that is made, by root only.
+    Without `setid` set-id bits are taken off: a container must not bring a program to the host that runs as its owner.
+    """
     try:
-        _copy(source, target, owner)
+        _copy(source, target, _Copier(owner, setid))
     except OSError as error:
         raise HostError(f"{error.filename or source.shown}: {error.strerror}", error.errno or 0) from error
 
 
-def _copy(source: Side, target: Side, owner: Owner) -> None:
+def _copy(source: Side, target: Side, copier: _Copier) -> None:
     contents = source.path.endswith("/.") or source.path == "."
     path = source.path.rstrip("/") or "/"
     kind = source.mode(path) if contents or source.path.endswith("/") else _link_mode(source, path)
@@ -84,7 +81,6 @@ def _copy(source: Side, target: Side, owner: Owner) -> None:
             raise NotFound(f"there is no directory for {target.shown}", "make it first: ovt exec NAME mkdir -p DIR")
     into = target.open(directory or _top(target.path), _DIRECTORY)
     try:
-        copier = _Copier(owner)
         if not name:
             inner = source.open(path, _DIRECTORY)
             try:
@@ -124,8 +120,9 @@ def _link_mode(side: Side, path: str) -> int:
 
 
 class _Copier:
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, setid: bool = True) -> None:
         self.owner = owner
+        self.modes = 0o7777 if setid else 0o1777
         self.may_chown = os.geteuid() == 0
 
     def children(self, source: int, target: int, shown: str) -> None:
@@ -147,7 +144,7 @@ class _Copier:
                 self._file(source, name, target, new)
             elif stat.S_ISFIFO(info.st_mode):
                 _clear(new, target)
-                os.mkfifo(new, stat.S_IMODE(info.st_mode), dir_fd=target)
+                os.mkfifo(new, stat.S_IMODE(info.st_mode) & 0o777, dir_fd=target)
                 self._chown_link(new, target, info)
             else:
                 return  # a device or a socket
@@ -187,7 +184,7 @@ class _Copier:
     def dress(self, fd: int, info: os.stat_result) -> None:
         if self.may_chown:
             os.fchown(fd, *self.owner(info.st_uid, info.st_gid))
-        os.fchmod(fd, stat.S_IMODE(info.st_mode))
+        os.fchmod(fd, info.st_mode & self.modes)
         os.utime(fd, ns=(info.st_atime_ns, info.st_mtime_ns))
 
     def _chown_link(self, name: str, target: int, info: os.stat_result) -> None:

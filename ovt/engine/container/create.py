@@ -150,7 +150,8 @@ class _Creation:
         self.record["cgroup"] = cgroup_record(self.cgroup)
         enter = [self._own(fd, lowest) for fd in self.cgroup.enter_fds()]
         posix.mkfifo(f"{self.state.path}/{FIFO}", 0o600)
-        read_end = posix.O_RDONLY | posix.O_NONBLOCK | posix.O_CLOEXEC
+        # for writing too: else a `start` that is killed after opening it would look like an end of file, and start
+        read_end = posix.O_RDWR | posix.O_NONBLOCK | posix.O_CLOEXEC
         fifo = self._own(posix.open(f"{self.state.path}/{FIFO}", read_end), lowest)
         errors = self._own(posix.open(f"{self.state.path}/{START_ERROR}", _O_RDWR_NEW, 0o600), lowest)
         joined = [(kind, flag, self._own(fd, lowest)) for kind, flag, fd in self.ns.open_joined()]
@@ -496,7 +497,12 @@ def write_pid_file(path: str, pid: int) -> None:
     """The pid in digits, no newline (containerd parses the whole file as a number), replaced atomically."""
     directory, _, name = path.rpartition("/")
     temporary = f"{directory}/.{name}.{posix.getpid()}" if directory else f".{name}.{posix.getpid()}"
-    fd = posix.open(temporary, posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC | posix.O_CLOEXEC, 0o644)
+    flags = posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC  # in /tmp, a link may lie in wait
+    try:
+        fd = posix.open(temporary, flags, 0o644)
+    except FileExistsError:
+        posix.unlink(temporary)
+        fd = posix.open(temporary, flags, 0o644)
     posix.write(fd, str(pid).encode())
     posix.close(fd)
     posix.rename(temporary, path)

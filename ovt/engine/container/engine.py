@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ class ContainerEngine:
 
     def prepare(self, spec: Spec) -> tuple[Spec, dict[str, Any]]:
         found = image.resolve(spec.image, self.cache, self.report, self._mapped)
-        if spec.rootfs_in_place and found.digest:
+        if spec.rootfs_in_place and found.cached:
             raise UsageError(f"{spec.image} is not a directory", "leave out --in-place")
         command = spec.command if spec.command or spec.entrypoint else found.command
         spec = spec._replace(image=found.reference, command=command, env=(*found.env, *spec.env))
@@ -111,8 +110,11 @@ class ContainerEngine:
     def start(self, instance: Instance) -> None:
         self.runtime.start(instance.id)
 
-    def cleanup(self, instance: Instance, home: str) -> None:
+    def cleanup(self, instance: Instance, home: str) -> bool:
+        starved = usage.out_of_memory(self.runtime.root, instance.id)
         self.runtime.delete(instance.id, force=True)
+        usage.remove_unrecorded(self.runtime.root, [instance.id])
+        return starved
 
     def destroy(self, instance: Instance, home: str) -> None:
         rootfs_layers.destroy(home, self._mapped)
@@ -124,6 +126,10 @@ class ContainerEngine:
                 found.append(Leftover("container", state["id"], f"{state['status']}, and no instance owns it"))
                 if remove:
                     self.runtime.delete(state["id"], force=True)
+        unrecorded = [name for name in usage.unrecorded(self.runtime.root) if not owned(name)]
+        found += [Leftover("container", name, "half made or half removed") for name in unrecorded]
+        if remove:
+            usage.remove_unrecorded(self.runtime.root, unrecorded)
         directories = list(usage.cgroup_directories(self.cgroups.parent))
         used = {state["id"] for state in self.runtime.list()}  # the runtime records a container before its cgroup
         unused = [path for path in directories if path.rsplit("/", 1)[1] not in used]
@@ -132,6 +138,8 @@ class ContainerEngine:
         for path in image.half_made(self.cache):
             found.append(Leftover("image", path, "its unpacking was interrupted"))
             if remove:
+                import shutil
+
                 self._mapped(partial(shutil.rmtree, path))
         if remove:
             for path in unused:
@@ -153,6 +161,7 @@ class ContainerEngine:
             pass  # it has ended, which is what most signals are for
 
     def freeze(self, instance: Instance, frozen: bool) -> None:
+        self._need_cgroup("pausing")
         if frozen:
             self.runtime.pause(instance.id)
         else:
@@ -161,6 +170,7 @@ class ContainerEngine:
     def update(self, instance: Instance, limits: Limits) -> None:
         changes = bundle.limit_changes(instance.spec.limits, limits)
         if changes:
+            self._need_cgroup("a limit")
             self.runtime.update(instance.id, changes)
 
     def processes(self, instance: Instance) -> list[dict[str, Any]]:
@@ -207,16 +217,16 @@ class ContainerEngine:
             streams.close()
 
     def copy(self, instance: Instance, home: str, alive: bool, source: str, target: str, into: bool) -> None:
-        from ovt.engine.container.copy import Side, copy, keep_owner
+        from ovt.engine.container.copy import Side, copy
 
         uids, gids = self._mappings(instance)
 
+        # a living one's root is opened before a normal user enters a namespace from where it may not look into it
+        living = view.living(instance.pid, instance.start_time) if alive else -1
+
         def run() -> None:
             host_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            if alive:
-                guest_root = view.living(instance.pid, instance.start_time)
-            else:
-                guest_root = rootfs_layers.open_resting(instance, home, self.rootless)
+            guest_root = living if alive else rootfs_layers.open_resting(instance, home, self.rootless)
             try:
                 path, shown = (target, f"{instance.name}:{target}") if into else (source, f"{instance.name}:{source}")
                 guest = Side(guest_root, path, shown)
@@ -225,14 +235,24 @@ class ContainerEngine:
                     first = (uids[0][1], gids[0][1]) if uids and not self.rootless else (0, 0)
                     copy(host, guest, lambda uid, gid: first)
                 else:
-                    copy(guest, host, keep_owner if not self.rootless else lambda uid, gid: (0, 0))
+                    caller = (os.geteuid(), os.getegid())
+                    copy(guest, host, lambda uid, gid: caller, setid=False)
             finally:
-                os.close(guest_root)
                 os.close(host_root)
+                if not alive:
+                    os.close(guest_root)
 
-        self._mapped(run)
+        try:
+            self._mapped(run)
+        finally:
+            if alive:
+                os.close(living)
 
     # shared
+
+    def _need_cgroup(self, what: str) -> None:
+        if not self.cgroups.parent:
+            raise HostError(f"{what} needs a cgroup, and none can be made here", hint="ovt check")
 
     def _mapped(self, function: Callable[[], None]) -> None:
         """Run what makes or removes files of a container's owners: a normal user needs its subordinate ids for it."""

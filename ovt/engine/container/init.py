@@ -113,7 +113,8 @@ class Init:
             if fds:
                 sent = self._socket.sendmsg([raw], [(SOL_SOCKET, SCM_RIGHTS, pack(f"{len(fds)}i", *fds))])
                 raw = raw[sent:]
-            self._socket.sendall(raw)
+            if raw:  # a send of nothing fails when a short-lived program has already replaced the reader
+                self._socket.sendall(raw)
         except BrokenPipeError:
             raise HostError("the container's init process ended before it was set up") from None
 

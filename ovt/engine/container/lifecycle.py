@@ -160,9 +160,16 @@ def delete(state: State, force: bool = False) -> None:
     if record.get("cgroup"):
         from ovt.kernel import cgroup
 
-        # not yet `made`: the maker was killed between making the directories and saying so; nobody is in them
-        group = cgroup.restore({**record["cgroup"], "made": True} if "made" in record["cgroup"] else record["cgroup"])
-        if record["cgroup"].get("made", True) and group.pids():
+        group = cgroup.restore(record["cgroup"])
+        if not record["cgroup"].get("made", True):
+            # the maker was killed between making the directories and saying so. Its init is gone in a moment; whoever
+            # stays was there before, and then the directories are not ours
+            for _ in range(100):
+                if not group.pids():
+                    group = cgroup.restore({**record["cgroup"], "made": True})
+                    break
+                time.sleep(0.005)
+        elif group.pids():
             # processes that outlive their init: it shared the host's pid namespace
             group.kill(_SIGKILL)
         group.remove()
@@ -187,10 +194,15 @@ def _kill_and_wait(state: State) -> None:
     pause_ = 0.0005
     moved = False
     while state.alive():
-        if time.monotonic() > deadline - 9.8 and not moved and state.record.get("cgroup"):
-            # somebody has put it into a frozen cgroup of his own (v1), where it never sees its death
+        if time.monotonic() > deadline - 9.8 and not moved:
             moved = True
-            _bring_home(state)
+            if _exiting(state.pid):
+                # dead, but for a process of its pid namespace that somebody outside has not waited for: an `exec`
+                # whose caller does not reap. It has left its cgroup and all other namespaces, and nothing runs on
+                return
+            if state.record.get("cgroup"):
+                # somebody has put it into a frozen cgroup of his own (v1), where it never sees its death
+                _bring_home(state)
         if time.monotonic() > deadline:
             fields = procfs.stat_fields(state.pid)
             raise HostError(
@@ -199,6 +211,12 @@ def _kill_and_wait(state: State) -> None:
             )
         time.sleep(pause_)
         pause_ = min(pause_ * 2, 0.05)
+
+
+def _exiting(pid: int) -> bool:
+    """True from the moment on at which exit(2) began (PF_EXITING of the flags, field 9 of /proc/PID/stat)."""
+    fields = procfs.stat_fields(pid)
+    return fields is None or bool(int(fields[6]) & 0x4)
 
 
 def _bring_home(state: State) -> None:

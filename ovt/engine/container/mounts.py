@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     """Gives the descriptor of a user namespace with the mappings an id-mapped mount asks for."""
 
 _MS_REC_SLAVE = (sc.MS_SLAVE, True)
+_RESTRICTIONS = sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOEXEC
 
 
 class Mount:
@@ -227,6 +228,8 @@ def _host_tree(path: str, options: mount_options.Options) -> int:
     tree = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC | sc.AT_RECURSIVE)
     sc.mount_setattr(tree, propagation=sc.MS_SLAVE, recursive=True)
     _set_attributes(tree, options)
+    # also what is mounted below: a read-only /sys must not hold a writable /sys/fs/cgroup (CVE-2023-25809)
+    sc.mount_setattr(tree, options.set & _RESTRICTIONS, recursive=True)
     return tree
 
 

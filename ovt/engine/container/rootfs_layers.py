@@ -10,7 +10,6 @@ is ever visible on the host, so nothing of it can be left behind.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,7 @@ def prepare(instance: Instance, home: str, mappings: tuple[Mapping, ...], rootle
     if mappings and not rootless:
         _shifted_copy(layers, home, mappings[0][1])
         return None
-    for name in ("upper", "work"):
+    for name in ("upper", "work", "bundle/rootfs"):
         os.makedirs(f"{home}/{name}", exist_ok=True)
     mode = os.stat(layers[0]).st_mode & 0o7777
     os.chmod(f"{home}/upper", mode)  # the merged root has the mode of its topmost layer
@@ -49,9 +48,7 @@ def path(instance: Instance, home: str, shifted: bool) -> str:
         return str(instance.rootfs["layers"][0])
     if shifted:
         return f"{home}/rootfs"
-    target = f"{home}/bundle/rootfs"
-    os.makedirs(target, exist_ok=True)
-    return target
+    return f"{home}/bundle/rootfs"
 
 
 def open_resting(instance: Instance, home: str, rootless: bool) -> int:
@@ -71,6 +68,8 @@ def destroy(home: str, mapped: Callable[[Callable[[], None]], None]) -> None:
     present = [path for name in ("upper", "work", "rootfs", "rootfs.new") if os.path.isdir(path := f"{home}/{name}")]
 
     def remove() -> None:
+        import shutil
+
         for path in present:
             shutil.rmtree(path)
 
@@ -84,6 +83,8 @@ def _shifted_copy(layers: list[str], home: str, first: int) -> None:
     if os.path.isdir(final):
         return
     if os.path.isdir(temporary):
+        import shutil
+
         shutil.rmtree(temporary)
     os.mkdir(temporary)
     target = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -123,6 +123,7 @@ class Runtime:
         try:
             state = State.load(self.root, container_id)
         except NotFound:
+            states.sweep(self.root, container_id)
             if force:
                 return
             raise
@@ -132,6 +133,7 @@ class Runtime:
             lifecycle.delete_damaged(self.root, container_id)
             return
         lifecycle.delete(state, force)
+        states.sweep(self.root, container_id)
 
     # questions
 

@@ -32,6 +32,7 @@ START_ERROR = "start.error"
 
 CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
 
+_ESSENTIAL = (("pid", int), ("namespaces", int), ("bundle", str), ("created", str), ("hooks", dict), ("maker", list))
 _FIRST = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-")
 _REST = _FIRST | {"."}
 
@@ -50,7 +51,7 @@ def default_root() -> str:
     if posix.geteuid() == 0 and not posix.environ.get(b"XDG_RUNTIME_DIR_OVT"):
         return "/run/ovt"
     base = posix.environ.get(b"XDG_RUNTIME_DIR", b"").decode("utf-8", "surrogateescape")
-    return f"{base or f'/tmp/ovt-{posix.geteuid()}'}/ovt"
+    return f"{base}/ovt" if base else f"/tmp/ovt-{posix.geteuid()}"
 
 
 def make_root(root: str) -> None:
@@ -65,9 +66,14 @@ def make_root(root: str) -> None:
         except OSError as error:
             raise refused(f"cannot make the state directory {root}", error, "choose another with --root",
             ) from None
-    status = posix.stat(root)
-    if status.st_uid not in (0, posix.geteuid()):
-        raise HostError(f"the state directory {root} belongs to uid {status.st_uid}", hint="choose another with --root")
+    for status in (posix.lstat(root), posix.stat(root)):
+        # who can exchange a record can have any process killed and any hook run
+        if status.st_uid not in (0, posix.geteuid()):
+            raise HostError(
+                f"the state directory {root} belongs to uid {status.st_uid}", hint="choose another with --root"
+            )
+    if status.st_mode & 0o1002 == 0o0002:
+        raise HostError(f"the state directory {root} can be changed by everybody", hint=f"chmod 700 {root}")
 
 
 class State:
@@ -96,11 +102,12 @@ class State:
     def make(cls, root: str, container_id: str, record: dict[str, Any], template: dict[str, Any]) -> State:
         """Claim the name: the directory comes into being with its record in it. Conflict when the name is taken."""
         make_root(root)
-        temporary = f"{root}/.{container_id[:200]}.{posix.getpid()}"
+        maker, started = record["maker"]
+        temporary = f"{root}/.{container_id[:200]}.{maker}.{started}"
         state = cls(root, container_id, record, template)
         if _exists(state.path):
             raise Conflict(f"container with given ID already exists: {container_id}")
-        posix.mkdir(temporary, 0o711)
+        posix.mkdir(temporary, 0o700)
         _write(f"{temporary}/{STATE}", jsonc.dumps(record))
         _write(f"{temporary}/{TEMPLATE}", jsonc.dumps(template))
         try:
@@ -125,7 +132,7 @@ class State:
             raise OvtError(
                 f"container {container_id}: {path} is damaged: {error}", f"remove it: delete --force {container_id}"
             ) from None
-        if not isinstance(record, dict) or not isinstance(record.get("pid"), int):
+        if not isinstance(record, dict) or not all(type(record.get(name)) is kind for name, kind in _ESSENTIAL):
             raise OvtError(
                 f"container {container_id}: {path} is not a state record", f"remove it: delete --force {container_id}"
             )
@@ -188,6 +195,23 @@ class State:
             "annotations": self.record.get("annotations") or {},
             "owner": self.record.get("owner", ""),
         }
+
+
+def sweep(root: str, container_id: str) -> None:
+    """Remove what a `make` or `remove` of this name left behind when it was killed half way."""
+    path = f"{root}/{container_id}"
+    if not _exists(f"{path}/{STATE}"):
+        remove_tree(path)
+    prefix = f".{container_id[:200]}."
+    try:
+        names = posix.listdir(root)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name.startswith(prefix):
+            pid, _, started = name[len(prefix) :].partition(".")
+            if pid.isdigit() and started.isdigit() and not procfs.alive(int(pid), int(started)):
+                remove_tree(f"{root}/{name}")
 
 
 def list_ids(root: str) -> list[str]:

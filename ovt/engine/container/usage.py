@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovt.engine.base import Stats
-from ovt.errors import HostError
+from ovt.errors import HostError, OvtError
 from ovt.kernel import procfs
 
 _CGROUP = "/sys/fs/cgroup"
@@ -116,6 +116,25 @@ def same_pid_namespace(pid: int) -> list[int]:
     return sorted(found)
 
 
+def out_of_memory(root: str, id: str) -> bool:
+    """Whether the kernel has killed for memory in the cgroup of container `id` (memory.events, v1: oom_control)."""
+    from ovt.engine.container.state import State
+    from ovt.kernel import cgroup
+
+    try:
+        record = State.load(root, id).record.get("cgroup")
+        directory = cgroup.restore(record).path_for("memory") if record else None
+    except OvtError:
+        return False  # nothing is known of it any more
+    for name in ("memory.events", "memory.oom_control") if directory else ():
+        try:
+            lines = procfs.read(f"{directory}/{name}").splitlines()
+        except FileNotFoundError:
+            continue
+        return any(line.startswith("oom_kill ") and line.split()[1] != "0" for line in lines)
+    return False
+
+
 def _hierarchies() -> list[str]:
     if os.path.exists(f"{_CGROUP}/cgroup.controllers"):
         return [_CGROUP]
@@ -155,3 +174,25 @@ def remove_parents(parent: str) -> None:
             os.rmdir(root + parent)
         except OSError:
             continue  # in use, or not there
+
+
+def unrecorded(root: str) -> list[str]:
+    """Entries of the runtime's state directory that a killed command left without a record (or before their name)."""
+    found = []
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        if name.startswith("."):
+            maker, started = ["", *name.split(".")][-2:]  # `.ID.PID.START` while that process makes it
+            if maker.isdigit() and started.isdigit() and not procfs.alive(int(maker), int(started)):
+                found.append(name)
+        elif not os.path.exists(f"{root}/{name}/state.json"):
+            found.append(name)
+    return found
+
+
+def remove_unrecorded(root: str, names: list[str]) -> None:
+    """Remove those of `names` that still have no record."""
+    import shutil
+
+    for name in names:
+        if os.path.isdir(f"{root}/{name}") and (name.startswith(".") or name in unrecorded(root)):
+            shutil.rmtree(f"{root}/{name}")

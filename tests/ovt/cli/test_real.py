@@ -58,6 +58,14 @@ def test_exit_statuses(ovt: Place, command: list[str], status: int, words: str) 
     assert ovt.out("ps", "-aq") == ""
 
 
+def test_a_dry_run_makes_nothing(ovt: Place) -> None:
+    text = ovt.out("run", "--dry-run", "--memory", "64M", "-v", "/tmp:/t:ro", "busybox", "ls")
+    assert "mount bind /tmp on /t (rbind,ro,rprivate)" in text
+    assert '"limit": 67108864' in text
+    assert 'run ["ls"] in / as root' in text
+    assert os.listdir(ovt.data / "instances") == []
+
+
 def test_much_output_is_all_there(ovt: Place) -> None:
     done = ovt("run", "--rm", "busybox", "seq", "200000")
     assert len(done.stdout.splitlines()) == 200000
@@ -87,6 +95,7 @@ def test_limits_reach_the_kernel(ovt: Place) -> None:
     done = ovt("run", "--rm", "--memory", "8M", "busybox", "sh", "-c", "x=$(head -c 30m /dev/zero | tr '\\0' x)",
                check=False)  # fmt: skip
     assert done.returncode == 137
+    assert "memory limit of 8.0MiB" in done.stderr
 
 
 def test_file_systems(ovt: Place, tmp_path: Path) -> None:

@@ -76,8 +76,11 @@ def test_what_is_no_image(tmp_path: Path) -> None:
 
 
 def test_busybox_has_every_applet_and_works(tmp_path: Path) -> None:
+    before = os.umask(0o077)
     found = resolve("busybox", tmp_path / "cache")
+    os.umask(before)
     root = Path(found.layers[0])
+    assert root.stat().st_mode & 0o777 == (root / "usr/bin").stat().st_mode & 0o777 == 0o755
     program, _ = busybox.find()
     listed = subprocess.run([program, "--list"], capture_output=True, text=True, check=True).stdout.split()
     places = {name for directory in ("bin", "sbin", "usr/bin", "usr/sbin") for name in os.listdir(root / directory)}

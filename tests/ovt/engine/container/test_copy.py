@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from ovt.engine.container import copy, view
-from ovt.engine.container.copy import Side, keep_owner
+from ovt.engine.container.copy import Side
 from ovt.errors import Conflict, HostError, NotFound, OvtError, UsageError
 from ovt.kernel import procfs
 
 Copy = Callable[[str, str], None]
+
+
+def keep_owner(uid: int, gid: int) -> tuple[int, int]:
+    return uid, gid
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def into(sides: tuple[int, int], guest: Path) -> Copy:
 def out(sides: tuple[int, int], guest: Path) -> Copy:
     host = f"{guest.parent}/host"
     return lambda source, target: copy.copy(
-        Side(sides[1], source, f"web:{source}"), Side(sides[0], f"{host}/{target}", target), keep_owner
+        Side(sides[1], source, f"web:{source}"), Side(sides[0], f"{host}/{target}", target), keep_owner, setid=False
     )
 
 
@@ -197,6 +201,16 @@ def test_a_fifo_swapped_in_does_not_block(guest: Path, host: Path, out: Copy, mo
     out("/file", "copied")
     assert len(looks) == 2
     assert not (host / "copied").exists()
+
+
+def test_no_set_id_program_comes_out(guest: Path, host: Path, out: Copy) -> None:
+    (guest / "dir").mkdir()
+    (guest / "dir/su").write_text("#!")
+    (guest / "dir/su").chmod(0o6755)
+    (guest / "dir").chmod(0o2755)
+    out("/dir", "copied")
+    assert stat.S_IMODE((host / "copied/su").stat().st_mode) == 0o755
+    assert stat.S_IMODE((host / "copied").stat().st_mode) == 0o755
 
 
 # views
