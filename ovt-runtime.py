@@ -1,8 +1,10 @@
 #!/usr/bin/python3 -ISXutf8
 # What ovt-runtime (ovt/launcher.c) becomes where it needs Python: finds the package, loads it, leaves without farewell.
+# (The package comes from ovt/_bin/TAG.code where scripts/setup has made that, see ovt/precompiled.py.)
 # -I -S: nothing is ever imported from the caller's directory, PYTHONPATH or site-packages; only the package `ovt`,
 # found from this file's own real path, is added. Compiled on every call, so every line costs; 0.4 ms over bare Python.
 import gc
+import marshal
 import posix
 import sys
 from _frozen_importlib import _load
@@ -37,7 +39,17 @@ if sys.version_info < (3, 11) or not sys.flags.isolated:
     python = here.rsplit("/", 1)[0] + "/python3" if sys.version_info < (3, 11) else sys.executable
     posix.execv(python, [python, "-ISXutf8", here, *sys.argv[1:]])
 package = find(here.rsplit("/", 2)[0])
-_load(spec_from_file_location("ovt", package + "/__init__.py", submodule_search_locations=[package]))
+try:
+    precompiled = posix.open(f"{package}/_bin/{sys.implementation.cache_tag}.code", posix.O_RDONLY | posix.O_CLOEXEC)
+except FileNotFoundError:
+    precompiled = 0
+if precompiled > 2:  # below that, a caller's closed stdin is meant
+    boot, index = marshal.loads(posix.pread(precompiled, 16384, 0))
+    namespace = {"__name__": "ovt.precompiled"}
+    exec(boot, namespace)  # noqa: S102
+    namespace["install"](precompiled, index, package)
+if "ovt" not in sys.modules:
+    _load(spec_from_file_location("ovt", package + "/__init__.py", submodule_search_locations=[package]))
 from ovt.runtime import main  # noqa: E402
 
 status = main()

@@ -22,7 +22,7 @@ from ovt import exits
 from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError
 from ovt.journal import Journal
 from ovt.kernel import procfs
-from ovt.model import IDLE, LIVE, Instance, Kind, Limits, Restart, Spec, Status, check_name, require
+from ovt.model import IDLE, LIVE, Instance, Kind, Limits, Restart, Spec, Status, check_name, made_up_name, require
 from ovt.store import Store
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def default_run() -> str:
                 f"{own} is not a directory of mode 0700 of your own", hint=f"remove it: rm -r {own}"
             ) from None
     return f"{own}/people"
+
+
+def _new_name() -> str:
+    return made_up_name(int.from_bytes(os.urandom(4), "little"))
 
 
 class Host:
@@ -98,7 +102,7 @@ class Host:
         for _ in range(20):
             instance = Instance(
                 os.urandom(6).hex(),
-                name or made_up_name(),
+                name or _new_name(),
                 Kind.CONTAINER,
                 time.time(),
                 spec,
@@ -118,7 +122,7 @@ class Host:
     def plan(self, spec: Spec, name: str = "") -> list[str]:
         """What creating and starting such an instance would do, one line each."""
         spec, rootfs = self.engine.prepare(spec)
-        name = check_name(name) if name else made_up_name()
+        name = check_name(name) if name else _new_name()
         instance = Instance("0" * 12, name, Kind.CONTAINER, 0.0, spec, rootfs=rootfs)
         return [f"instance {name} in {self.store.instances}", *self.engine.plan(instance, self.store.home("ID"))]
 
@@ -420,23 +424,3 @@ class Host:
         instance, status = self.get(reference)
         require(verb, instance.name, status)
         return instance
-
-
-_FIRST = (
-    "amber bold brave bright brisk calm clear clever cool cosy crisp curious eager early fair fast fine fond fresh "
-    "gentle glad golden grand green happy honest keen kind light lively lucky mellow merry mild neat nimble noble "
-    "patient plain proud quick quiet ready rosy sharp silver smooth snug solid sturdy sunny swift tidy warm wise"
-)
-_SECOND = (
-    "acorn anchor apple arrow badger beacon birch bridge brook cedar cliff clover comet coral crane creek dune eagle "
-    "ember falcon fern finch forest fox garden grove harbor hazel heron hill island kestrel lake lantern maple "
-    "meadow moss oak otter owl peak pebble pine plum pond quartz raven reef river robin sparrow spring stone summit "
-    "thistle tulip valley willow wren"
-)
-
-
-def made_up_name() -> str:
-    """A name such as `quiet-otter`."""
-    first, second = _FIRST.split(), _SECOND.split()
-    number = int.from_bytes(os.urandom(4), "little")
-    return f"{first[number % len(first)]}-{second[number // len(first) % len(second)]}"

@@ -314,3 +314,22 @@ def is_id(text: str) -> bool:
 def retry_delay(restarts: int) -> float:
     """Seconds to wait before restart number `restarts` (from 0): doubling from 0.1 s, at most a minute."""
     return float(min(60.0, 0.1 * 2 ** min(restarts, 16)))
+
+
+_FIRST = (
+    "amber bold brave bright brisk calm clear clever cool cosy crisp curious eager early fair fast fine fond fresh "
+    "gentle glad golden grand green happy honest keen kind light lively lucky mellow merry mild neat nimble noble "
+    "patient plain proud quick quiet ready rosy sharp silver smooth snug solid sturdy sunny swift tidy warm wise"
+)
+_SECOND = (
+    "acorn anchor apple arrow badger beacon birch bridge brook cedar cliff clover comet coral crane creek dune eagle "
+    "ember falcon fern finch forest fox garden grove harbor hazel heron hill island kestrel lake lantern maple "
+    "meadow moss oak otter owl peak pebble pine plum pond quartz raven reef river robin sparrow spring stone summit "
+    "thistle tulip valley willow wren"
+)
+
+
+def made_up_name(number: int) -> str:
+    """A name such as `quiet-otter`, picked by `number`."""
+    first, second = _FIRST.split(), _SECOND.split()
+    return f"{first[number % len(first)]}-{second[number // len(first) % len(second)]}"

@@ -1,4 +1,4 @@
-"""The runtime's modules out of one file of byte code, where a directory search and a file each would cost twice as much.
+"""The runtime's modules out of one file of byte code: a search and a file for each of them cost twice as much.
 
 `ovt-runtime.py` calls `install` when scripts/setup (scripts/precompile.py) has made such a file. A module whose source
 has changed since is imported in the ordinary way, so the file may be out of date or absent without harm. It is for that
@@ -22,22 +22,30 @@ if TYPE_CHECKING:
 
 
 def install(fd: int, index: "Index", package: str) -> None:
-    """From now on import what `index` names from `fd`, which stays open; `package` is the directory of `ovt`."""
+    """Load `ovt`, and from now on what `index` names, from `fd`, which stays open; `package` is the directory of `ovt`.
+
+    Nothing is done when this module or `ovt/__init__.py` has changed since the file was made.
+    """
     ordinary: Callable[[str, Callable[[str], object]], ModuleType] = importlib._find_and_load  # type: ignore[attr-defined]
     top = package.rpartition("/")[0]
     modules = sys.modules
     new_module = type(sys)
     new_spec = importlib.ModuleSpec
 
+    def source(name: str) -> str:
+        """Its path; nothing when it is not in the file, or has changed."""
+        if name not in index:
+            return ""
+        is_package, mtime, size, _, _ = index[name]
+        path = f"{top}/{name.replace('.', '/')}{'/__init__.py' if is_package else '.py'}"
+        status = posix.stat(path)
+        return path if status.st_mtime_ns == mtime and status.st_size == size else ""
+
     def find_and_load(name: str, import_: "Callable[[str], object]") -> "ModuleType":
-        entry = index.get(name)
-        if entry is None or name in modules:
+        file = source(name)
+        if not file or name in modules:
             return ordinary(name, import_)
-        is_package, mtime, size, offset, length = entry
-        file = f"{top}/{name.replace('.', '/')}{'/__init__.py' if is_package else '.py'}"
-        status = posix.stat(file)
-        if status.st_mtime_ns != mtime or status.st_size != size:
-            return ordinary(name, import_)
+        is_package, _, _, offset, length = index[name]
         parent, _, child = name.rpartition(".")
         if parent and parent not in modules:
             import_(parent)
@@ -52,7 +60,7 @@ def install(fd: int, index: "Index", package: str) -> None:
             module.__path__ = spec.submodule_search_locations = [file[: -len("/__init__.py")]]
         modules[name] = module
         try:
-            exec(loads(posix.pread(fd, length, offset)), module.__dict__)
+            exec(loads(posix.pread(fd, length, offset)), module.__dict__)  # noqa: S102
         except BaseException:
             del modules[name]
             raise
@@ -60,5 +68,7 @@ def install(fd: int, index: "Index", package: str) -> None:
             setattr(modules[parent], child, module)
         return module
 
-    # The hook that C calls for every module not loaded yet. A finder on sys.meta_path would do, for 0.5 ms more a run.
-    importlib._find_and_load = find_and_load  # type: ignore[attr-defined]
+    if source(__name__) and source("ovt"):
+        # What C calls for every module not loaded yet. A finder on sys.meta_path would do, for 0.5 ms more a run.
+        importlib._find_and_load = find_and_load  # type: ignore[attr-defined]
+        find_and_load("ovt", __import__)

@@ -1,4 +1,4 @@
-"""Writes the byte code of all modules that ovt-runtime may load into one file, ovt/_bin/TAG.code (see ovt/precompiled.py).
+"""Writes the byte code of what ovt-runtime may load into one file, ovt/_bin/TAG.code (see ovt/precompiled.py).
 
 Run by scripts/setup with /usr/bin/python3, whose byte code it is; made anew only when a source has changed. What the
 runtime never looks at is left out: docstrings, assertions, annotations, imports for the type checker. It is for a
@@ -14,7 +14,7 @@ from types import CodeType
 
 ROOT = Path(__file__).resolve().parent.parent
 # The machines' side of the project; which of its modules a verb loads is its own business.
-MODULES = ("ovt/*.py", "ovt/runtime_verbs/*.py", "ovt/engine/__init__.py", "ovt/engine/container/*.py", "ovt/kernel/**/*.py")
+MODULES = ("*.py", "runtime_verbs/*.py", "engine/__init__.py", "engine/container/*.py", "kernel/**/*.py")
 PEOPLE = {"exits", "host", "journal", "leftovers", "model", "store"}
 BOOT = "ovt.precompiled"
 
@@ -57,22 +57,33 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def facts(path: Path) -> tuple[bool, int, int]:
+    return path.name == "__init__.py", path.stat().st_mtime_ns, path.stat().st_size
+
+
+def found(target: Path, header: int) -> dict[str, tuple[bool, int, int]]:
+    """What the file there was made from; nothing when there is none or it is damaged."""
+    try:
+        _, index = marshal.loads(target.read_bytes()[:header])
+    except (FileNotFoundError, EOFError, ValueError, TypeError):
+        return {}
+    return {name: entry[:3] for name, entry in index.items()}
+
+
 def main() -> None:
-    paths = sorted({path for pattern in MODULES for path in ROOT.glob(pattern)})
+    paths = sorted({path for pattern in MODULES for path in (ROOT / "ovt").glob(pattern)})
     sources = {module_name(path): path for path in paths if path.parent != ROOT / "ovt" or path.stem not in PEOPLE}
-    wanted = {name: (path.name == "__init__.py", path.stat().st_mtime_ns, path.stat().st_size) for name, path in sources.items()}
+    wanted = {name: facts(path) for name, path in sources.items()}
     target = ROOT / f"ovt/_bin/{sys.implementation.cache_tag}.code"
     namespace: dict[str, int] = {}
-    exec(code_of(sources[BOOT]), namespace)
+    exec(code_of(sources[BOOT]), namespace)  # noqa: S102
     header = namespace["HEADER"]
-    if target.exists():
-        _, index = marshal.loads(target.read_bytes()[:header])
-        if {name: entry[:3] for name, entry in index.items()} == wanted:
-            return
+    if found(target, header) == wanted:
+        return
     index, body, offset = {}, [], header
-    for name, facts in wanted.items():
+    for name in wanted:
         body.append(marshal.dumps(code_of(sources[name])))
-        index[name] = (*facts, offset, len(body[-1]))
+        index[name] = (*wanted[name], offset, len(body[-1]))
         offset += len(body[-1])
     head = marshal.dumps((code_of(sources[BOOT]), index))
     if len(head) > header:

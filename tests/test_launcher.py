@@ -1,6 +1,6 @@
-"""The static launcher: its own `start` beside Python's, case by case, and that it hands on everything else as it was.
+"""The static launcher: its own `start` and `delete` beside Python's, case by case; it hands on all else as it was.
 
-`launchers` is (the static program, the script that it becomes): whatever a caller can see of a start must be the same.
+`launchers` is (the static program, the script that it becomes): whatever a caller can see must be the same.
 `alone` is the static program where no script is beside it: what it does there it does without Python.
 """
 
@@ -69,13 +69,18 @@ def seen(oci: Oci, name: str, done: "subprocess.CompletedProcess[str]") -> Seen:
 
 
 def both(
-    oci: Oci, launchers: tuple[Path, Path], run_root: Path, make: Callable[[], str], *before: object, **options: object
+    oci: Oci,
+    launchers: tuple[Path, Path],
+    run_root: Path,
+    make: Callable[[], str],
+    *before: object,
+    verb: tuple[str, ...] = ("start",),
 ) -> Seen:
-    """What two fresh containers come to, one started by each launcher; it must be the same."""
+    """What two fresh containers come to, one handled by each launcher; it must be the same."""
     found = []
     for launcher in launchers:
         name = make()
-        done = call(launcher, "--root", run_root, *before, "start", name, **options)
+        done = call(launcher, "--root", run_root, *before, *verb, name)
         found.append(seen(oci, name, done))
     assert found[0] == found[1]
     return found[0]
@@ -233,6 +238,99 @@ def test_a_waiting_notify_socket_is_left_to_python(
     done = call(alone, "--root", run_root, "start", name, env={**BARE, "NOTIFY_SOCKET": "/nowhere"})
     assert NO_SCRIPT in done.stderr
     assert status(oci, name) == "created"
+
+
+def cgroups_of(run_root: Path, name: str) -> list[Path]:
+    paths = json.loads((run_root / name / "state.json").read_text())["cgroup"]["paths"]
+    return [Path(path) for path in paths.values()]
+
+
+def ended(oci: Oci, name: str) -> str:
+    """Started, and at its end."""
+    oci("start", name, check=True)
+    for _ in range(200):
+        if status(oci, name) == "stopped":
+            return name
+        time.sleep(0.01)
+    raise AssertionError(f"{name} does not end")
+
+
+@pytest.mark.parametrize("force", [(), ("--force",), ("-f",)], ids=str)
+def test_a_plain_delete_needs_no_python(
+    oci: Oci, alone: Path, run_root: Path, bundle: Bundle, create: Callable[[Path], str], force: tuple[str, ...]
+) -> None:
+    name = ended(oci, create(bundle("true")))
+    cgroups = cgroups_of(run_root, name)
+    assert cgroups and all(path.is_dir() for path in cgroups)
+    done = call(alone, "--root", run_root, "delete", *force, name)
+    assert seen(oci, name, done) == (0, "", "", "none")
+    assert not any(path.exists() for path in cgroups)
+    assert os.listdir(run_root) == []
+
+
+@pytest.mark.parametrize("before", ["created", "killed", "running", "stopped", "absent"])
+@pytest.mark.parametrize("force", [False, True])
+def test_delete_in_every_state(
+    oci: Oci, launchers: tuple[Path, Path], run_root: Path, bundle: Bundle, create: Callable[[Path], str],
+    before: str, force: bool,
+) -> None:  # fmt: skip
+    def make() -> str:
+        if before == "absent":
+            return "nobody"
+        name = create(bundle(*(("true",) if before == "stopped" else ("sleep", "60"))))
+        if before == "killed":
+            oci("kill", name, "KILL", check=True)
+            time.sleep(0.05)
+            leaks.reap()
+        elif before == "running":
+            oci("start", name, check=True)
+        elif before == "stopped":
+            ended(oci, name)
+        return name
+
+    refused = not force and before in ("running", "absent")
+    code, out, error, after = both(oci, launchers, run_root, make, verb=("delete", *(("--force",) if force else ())))
+    assert (code, out) == (int(refused), "")
+    assert bool(error) == refused
+    assert after == ("running" if refused and before == "running" else "none")
+
+
+@pytest.mark.parametrize("what", ["hook", "cgroup below", "process left", "unknown file"])
+def test_more_than_a_plain_delete_is_left_to_python(
+    oci: Oci, alone: Path, runtime: Path, run_root: Path, bundle: Bundle, create: Callable[[Path], str], tmp_path: Path,
+    what: str,
+) -> None:  # fmt: skip
+    hook = {"path": "/bin/sh", "args": ["sh", "-c", f"echo gone >{tmp_path / 'gone'}"]}
+    config: dict[str, object] = {"hooks": {"poststop": [hook]}} if what == "hook" else {}
+    words = ["true"]
+    if what == "process left":  # without a pid namespace nothing ends with the first process
+        config = {"linux": {"namespaces": [{"type": "mount"}]}}
+        words = ["sh", "-c", "sleep 60 >/dev/null 2>&1 & exit 0"]
+    name = ended(oci, create(bundle(*words, config=config)))
+    cgroups = cgroups_of(run_root, name)
+    if what == "cgroup below":
+        (cgroups[0] / "below").mkdir()
+    elif what == "unknown file":
+        (run_root / name / "unknown").touch()
+    assert NO_SCRIPT in call(alone, "--root", run_root, "delete", name).stderr
+    assert json.loads(oci("state", name, check=True).stdout)["status"] == "stopped"
+    done = call(runtime, "--root", run_root, "delete", name)
+    assert seen(oci, name, done) == (0, "", "", "none")
+    assert not any(path.exists() for path in cgroups)
+    assert (tmp_path / "gone").exists() == (what == "hook")
+
+
+def test_a_reused_number_is_an_ended_process(
+    oci: Oci, alone: Path, run_root: Path, bundle: Bundle, create: Callable[[Path], str]
+) -> None:
+    name = ended(oci, create(bundle("true")))
+    plain = run_root / name / "plain"
+    _, _, cgroups = plain.read_bytes().partition(b"\0")
+    started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    plain.write_bytes(f"{os.getpid()} {started}\0".encode() + cgroups)
+    assert NO_SCRIPT in call(alone, "--root", run_root, "delete", name).stderr  # that process runs: this very one
+    plain.write_bytes(f"{os.getpid()} {started}1\0".encode() + cgroups)
+    assert seen(oci, name, call(alone, "--root", run_root, "delete", name)) == (0, "", "", "none")
 
 
 def test_words_and_environment_reach_python_untouched(runtime: Path, tmp_path: Path) -> None:

@@ -90,6 +90,32 @@ class InstanceName(ParamType):
         ]
 
 
+class CopyPath(InstanceName):
+    """INSTANCE:PATH or a path of the host."""
+
+    name = "path"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        instances = super().shell_complete(ctx, param, incomplete)
+        return [CompletionItem(f"{item.value}:", help=item.help) for item in instances] + [
+            CompletionItem(incomplete, type="file")
+        ]
+
+
+class ImageName(ParamType):
+    """busybox, or the path of a directory or an archive."""
+
+    name = "image"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        named = [CompletionItem("busybox")] if "busybox".startswith(incomplete) else []
+        return [*named, CompletionItem(incomplete, type="file")]
+
+
 def instance_argument(verb: str, many: bool = True, required: bool = True) -> Callable[[Any], Any]:
     """The INSTANCE… argument of a verb, as the parameter `instances`, or INSTANCE as `instance`."""
     kind = InstanceName(verb)

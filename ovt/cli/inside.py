@@ -7,7 +7,7 @@ import os
 import click
 
 from ovt.cli import output, values
-from ovt.cli.context import App, InstanceName, instance_argument, pass_app
+from ovt.cli.context import App, CopyPath, instance_argument, pass_app
 from ovt.cli.running import DETACH_KEYS
 from ovt.engine.base import Process
 from ovt.errors import UsageError
@@ -80,8 +80,8 @@ def _exists(app: App, instance: str) -> bool:
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=InstanceName("cp"))
-@click.argument("target", metavar="DST", type=InstanceName("cp"))
+@click.argument("source", metavar="SRC", type=CopyPath("cp"))
+@click.argument("target", metavar="DST", type=CopyPath("cp"))
 @pass_app
 def cp(app: App, source: str, target: str) -> int:
     """Copy files between the host and an instance.

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ovt.cli import values
-from ovt.cli.context import Parsed
+from ovt.cli.context import ImageName, Parsed
 from ovt.errors import NotFound, UsageError
 from ovt.model import Limits, Restart, Security, Spec
 
@@ -60,7 +60,7 @@ _OPTIONS = [
                  help="How long stop waits before it kills."),
     _many("-l", "--label", metavar="KEY=VALUE", help="A note for people and filters.", parse=values.parse_pair),
     click.option("--dry-run", is_flag=True, help="Only say what would be done."),
-    click.argument("image"),
+    click.argument("image", type=ImageName()),
     click.argument("command", nargs=-1, type=click.UNPROCESSED),
 ]  # fmt: skip
 

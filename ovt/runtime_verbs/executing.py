@@ -31,6 +31,12 @@ def exec_(globals_: Globals, options: dict[str, list[str]], words: list[str]) ->
         "pid_file": value(options, "pid-file") or None,
         "want_terminal": bool(process.get("terminal")) and not detach and not console_socket,
     }
+    if wanted["want_terminal"]:
+        from ovt.engine.container import terminal
+
+        size = terminal.own_size()
+        if size:
+            process["consoleSize"] = size
     try:
         pid, master = engine.exec_terminal(container_id, process, **wanted)
     except OvtError as error:

@@ -54,7 +54,12 @@ def run(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> i
     terminal = isinstance(process, dict) and bool(process.get("terminal"))
     foreground_terminal = terminal and not detach and not wanted["console_socket"]
     if foreground_terminal:
+        from ovt.engine.container import terminal as terminals
+
         wanted["want_terminal"] = True
+        size = terminals.own_size()
+        if size:
+            config["process"]["consoleSize"] = size
     container_id = words[0]
     state, master = engine.create_terminal(container_id, bundle, config, **wanted)
     pid = state.pid

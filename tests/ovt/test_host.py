@@ -285,6 +285,7 @@ def test_an_end_for_lack_of_memory_is_remembered(host: Host, engine: FakeEngine)
 def test_the_exit_command_is_this_very_ovt(host: Host, engine: FakeEngine) -> None:
     id = up(host)
     assert engine.exit_commands[id][-3:] == [host.data, host.run_root, id]
+    assert "-P" in engine.exit_commands[id]  # the directory it runs in is no place to import from
     assert os.path.exists(f"{exits.env()['PYTHONPATH']}/ovt/exits.py")
 
 

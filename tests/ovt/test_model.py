@@ -92,6 +92,13 @@ def test_other_names_are_refused(name: str) -> None:
     assert caught.value.hint
 
 
+def test_made_up_names_are_names_and_many() -> None:
+    names = {model.made_up_name(number) for number in range(20_000)}
+    assert len(names) > 3000
+    for name in names:
+        model.check_name(name)
+
+
 def test_every_verb_and_status_is_allowed_or_says_what_to_do() -> None:
     for verb, (allowed, _) in model.TRANSITIONS.items():
         for status in Status:

@@ -67,6 +67,18 @@ def test_cve_2023_25809_writable(oci: Oci, bundle: Bundle, create: Create, conta
             assert "ovt-test" in fields[3], line
 
 
+@pytest.mark.parametrize("namespace", [True, False], ids=["own namespace", "host's namespace"])
+def test_cve_2023_25809_without_a_cgroup_of_its_own(
+    oci: Oci, bundle: Bundle, container_id: str, namespace: bool
+) -> None:
+    """With cgroups disabled the container stays in its caller's cgroup: even a mount asked for writable is not."""
+    options = ["nosuid", "noexec", "nodev", "rw"]
+    place = bundle("sh", "-c", PROBE, edit=cgroup_mount(options, namespace=namespace))
+    done = oci("--cgroup-manager", "disabled", "run", "-b", place, container_id, check=True)
+    lines = {line.split()[0] for line in done.stdout.splitlines()}
+    assert "saw" in lines and not lines & {"made", "agent"}
+
+
 def test_cve_2023_25809_sysfs_of_the_host(oci: Oci, bundle: Bundle, container_id: str) -> None:
     """A user namespace with the host's network: /sys must be the host's, and what is mounted below it read-only too.
 

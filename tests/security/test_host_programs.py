@@ -26,8 +26,8 @@ def watching(config: dict[str, Any] | None = None, *, ptrace: bool = False) -> d
     return {"root": {"readonly": False}, "process": {"capabilities": sets}, **(config or {})}
 
 
-def hostile(bundle: Bundle, watcher: Path, host_mark: Path, *, ptrace: bool) -> Path:
-    place = bundle("/watch", "20", "own-mark", str(host_mark), config=watching(ptrace=ptrace))
+def hostile(bundle: Bundle, watcher: Path, host_mark: Path, *, ptrace: bool, edit: Any = None) -> Path:
+    place = bundle("/watch", "20", "own-mark", str(host_mark), config=watching(ptrace=ptrace), edit=edit)
     rootfs = place / "rootfs"
     shutil.copy(watcher, rootfs / "watch")
     add_victim(rootfs)
@@ -129,6 +129,32 @@ def test_cve_2019_5736_exec_into_a_hostile_container(
     assert "wrote /victim/busybox" in findings, "and can overwrite what is not protected"
     if ptrace:
         assert "own " in findings, "and looks through the root of others"
+    assert not [line for line in findings if line.startswith("host")]
+
+
+def test_exec_never_shows_a_user_of_the_host(
+    oci: Oci, create: Create, bundle: Bundle, watcher: Path, host_mark: Path, tmp_path: Path
+) -> None:
+    """Of our own: what `exec` brings into a user namespace is one of its users from the first moment it can be seen.
+
+    With the uid of the host's root, if only until the tape says setresuid, it would be worth to be traced: to the
+    files of /proc/sys that uid is everything, whatever the capabilities.
+    """
+
+    def user_namespace(config: dict[str, Any]) -> None:
+        config["linux"]["namespaces"].append({"type": "user"})
+        config["linux"]["uidMappings"] = config["linux"]["gidMappings"] = [
+            {"containerID": 0, "hostID": 100000, "size": 60000}
+        ]
+
+    place = hostile(bundle, watcher, host_mark, ptrace=True, edit=user_namespace)
+    container = create(place).start()
+    wait_for(lambda: "ready" in output(tmp_path, container))
+    for _ in range(12):
+        oci("exec", "--user", "1000", container.id, "/victim/busybox", "usleep", "3000", check=True)
+    findings = stop(place, container, tmp_path)
+    users = {line.removeprefix("uids ").split()[0] for line in findings if line.startswith("uids")}
+    assert "1000" in users and users <= {"0", "1000"}
     assert not [line for line in findings if line.startswith("host")]
 
 

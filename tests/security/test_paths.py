@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ovt.engine.container import copy
 from tests.conftest import Bundle, Oci
 from tests.security.conftest import Container, naive_python, refused, runs
 
@@ -241,3 +242,22 @@ def test_cve_2026_88265_something_else_named_null(oci: Oci, bundle: Bundle, cont
     entry.unlink()
     os.mknod(entry, 0o020666, os.makedev(1, 3))
     oci("run", "-b", place, f"{container_id}-2", check=True)
+
+
+@pytest.mark.parametrize("path", ["/..", "..", "/a/../..", "/a/../../.."])
+def test_copying_never_goes_above_the_root(tmp_path: Path, path: str) -> None:
+    """Of our own: `ovt cp` with a path that ends in `..`, which no descriptor of a directory stops by itself."""
+    guest, host = tmp_path / "guest", tmp_path / "host"
+    (guest / "a").mkdir(parents=True)
+    (host / "from").mkdir(parents=True)
+    (host / "from/file").touch()
+    (tmp_path / "secret").touch()
+    top, root = os.open("/", os.O_PATH), os.open(guest, os.O_PATH)
+    try:
+        copy.copy(copy.Side(root, path, "web:"), copy.Side(top, f"{host}/to", "to"), lambda uid, gid: (uid, gid))
+        copy.copy(copy.Side(top, f"{host}/from", "from"), copy.Side(root, path, "web:"), lambda uid, gid: (uid, gid))
+    finally:
+        os.close(top)
+        os.close(root)
+    assert os.listdir(host / "to") == ["a"]
+    assert sorted(os.listdir(guest)) == ["a", "from"] and sorted(os.listdir(tmp_path)) == ["guest", "host", "secret"]

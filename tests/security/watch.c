@@ -7,6 +7,7 @@
  *   wrote TARGET      that file could be opened for writing        (CVE-2019-5736)
  *   own, host         OWN or HOST seen through another process's root, working directory or descriptor
  *   python            a command line with an interpreter in it
+ *   uids R E S F      user ids of a process, as this user namespace has them; 65534 for one it has no number for
  *   ready             the first round is done
  * It ends after SECONDS, or when /stop exists. A file it can write to gets its first byte written once more.
  */
@@ -74,6 +75,18 @@ static void look_at(const char *pid, const char *own, const char *host)
 		if (i == exes && exes < MOST && (fd = open(path, O_RDONLY | O_CLOEXEC)) >= 0) {
 			exe[exes] = fd;
 			strcpy(exe_name[exes++], text);
+		}
+	}
+	snprintf(path, sizeof path, "/proc/%s/status", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd >= 0) {
+		char *line;
+		length = read(fd, text, sizeof text - 1);
+		close(fd);
+		text[length > 0 ? length : 0] = 0;
+		if ((line = strstr(text, "\nUid:"))) {
+			*strchr(line + 1, '\n') = 0;
+			say("uids", line + 6);
 		}
 	}
 	snprintf(path, sizeof path, "/proc/%s/root", pid);

@@ -18,6 +18,7 @@ from tests.system.containerd_host import ContainerdHost
 from tests.system.podman_host import PodmanHost
 
 REPOSITORY = Path(__file__).parents[2]
+NOBODY = 65534
 
 
 def missing(*programs: str) -> str:
@@ -57,7 +58,27 @@ def podman_installation(runtime: Path) -> Iterator[PodmanHost]:
 @pytest.fixture
 def podman(podman_installation: PodmanHost) -> Iterator[PodmanHost]:
     """The session's podman; after the test all its containers are removed and nothing of them may be left."""
-    host = podman_installation
+    yield from watched(podman_installation)
+
+
+@pytest.fixture(scope="session")
+def rootless_installation(runtime: Path) -> Iterator[PodmanHost]:
+    """The session's podman of the user nobody, with the busybox image imported."""
+    if why := missing("podman", "conmon", "setpriv"):
+        pytest.skip(why)
+    host = PodmanHost(runtime, uid=NOBODY)
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def rootless(rootless_installation: PodmanHost) -> Iterator[PodmanHost]:
+    """The rootless podman; after the test all its containers are removed and nothing of them may be left."""
+    yield from watched(rootless_installation)
+
+
+def watched(host: PodmanHost) -> Iterator[PodmanHost]:
+    """Hand out `host`, then clean up and look for leaks."""
     host.calls.clear()
     before = len(host.created())
     yield host
@@ -97,7 +118,7 @@ def pytest_runtest_makereport(
     """Add every call of a failed test and what the runtime logged to its report."""
     report = yield
     if report.failed and isinstance(item, pytest.Function):
-        for name in ("podman", "containerd"):
+        for name in ("podman", "rootless", "containerd"):
             host = item.funcargs.get(name)
             if isinstance(host, PodmanHost | ContainerdHost):
                 report.sections.append((f"{name} calls", "\n".join(host.calls)))

@@ -28,14 +28,23 @@ runtime_supports_nocgroup = ["crun", "ovt-runtime"]
 
 
 class PodmanHost:
-    """One podman installation below a temporary directory. `close` removes it with everything in it."""
+    """One podman installation below a temporary directory. `close` removes it with everything in it.
 
-    def __init__(self, runtime: Path) -> None:
+    With `uid` it is that user's rootless podman: without a line in /etc/subuid its containers have one user, root.
+    """
+
+    def __init__(self, runtime: Path, uid: int = 0) -> None:
         self.runtime = runtime
+        self.uid = uid
         self.directory = Path(tempfile.mkdtemp(prefix="ovt-podman-"))
         self.directory.chmod(0o711)  # the root of a user namespace has to reach its bundle
-        (self.directory / "containers.conf").write_text(CONFIGURATION)
-        (self.directory / "home").mkdir()
+        # A user cannot limit anything without a delegated cgroup, and podman's default is a limit of 2048 processes.
+        extra = "[containers]\npids_limit = 0\n" if uid else "[containers]\n"
+        (self.directory / "containers.conf").write_text(CONFIGURATION.replace("[containers]\n", extra))
+        for name in ("home", "runtime-dir"):
+            (self.directory / name).mkdir(mode=0o700)
+            os.chown(self.directory / name, uid, uid)
+        os.chown(self.directory, uid, uid)
         self.calls: list[str] = []
         self._cgroups_before = set(_podman_cgroups())
         archive = self.directory / "busybox.tar"
@@ -46,7 +55,9 @@ class PodmanHost:
     def argv(self) -> list[str]:
         """The command line up to podman's verb."""
         d = self.directory
+        user = ("setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups") if self.uid else ()
         return [
+            *user,
             *("podman", "--root", f"{d}/root", "--runroot", f"{d}/run", "--tmpdir", f"{d}/tmp"),
             *("--storage-driver", "vfs", "--runtime", str(self.runtime)),
         ]
@@ -139,12 +150,14 @@ class PodmanHost:
         """What is left of the containers `ids`, all of which have been removed."""
         if not ids:
             return []
-        return [
-            *leaks.mounts(ids),
-            *leaks.cgroups(ids),
-            *leaks.processes(ids),
-            *leaks.runtime_state([str(self.runtime)], ids),
-        ]
+        if self.uid:
+            state = [
+                str(path) for one in ids for path in (self.directory / "runtime-dir").glob(f"{self.runtime.name}/{one}")
+            ]
+            state += [str(path) for one in ids for path in (self.directory / "runtime-dir").glob(f"ovt/{one}")]
+        else:
+            state = leaks.runtime_state([str(self.runtime)], ids)
+        return [*leaks.mounts(ids), *leaks.cgroups(ids), *leaks.processes(ids), *state]
 
     def runtime_log(self) -> str:
         """Everything the runtime and conmon logged for the containers still here."""
@@ -158,6 +171,8 @@ class PodmanHost:
     def close(self) -> None:
         """Remove all containers, unmount what podman mounted for its storage and delete the directory."""
         self.remove_all()
+        if self.uid:
+            self("system", "migrate")  # ends the process that holds the user's namespaces
         for line in leaks.mounts([str(self.directory)]):
             subprocess.run(["umount", line.removeprefix("mount ")], check=False)
         shutil.rmtree(self.directory)

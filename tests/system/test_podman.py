@@ -352,12 +352,15 @@ def test_notify_socket_of_the_container_reaches_the_caller(podman: PodmanHost) -
 def test_signal_of_the_attached_client_is_forwarded(podman: PodmanHost) -> None:
     script = "trap 'exit 11' TERM; echo ready; while :; do sleep 0.05; done"
     client = subprocess.Popen(
-        [*podman.argv, "run", "--rm", "--network", "none", IMAGE, "sh", "-c", script],
+        [*podman.argv, "run", "--name", "signalled", "--network", "none", IMAGE, "sh", "-c", script],
         env=podman.env,
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
     )
     with client:
         assert client.stdout is not None and client.stdout.readline() == b"ready\n"
+        time.sleep(0.2)  # podman prints before its signal handlers are in place
         client.send_signal(signal.SIGTERM)
-        assert client.wait(15) == 11
+        client.wait(15)
+    # The client's own status is a race in podman 4.3 (now and then 0, with any runtime); the container's is not.
+    assert podman.ok("wait", "signalled") == "11"

@@ -146,7 +146,8 @@ def config(
         linux["uidMappings"] = _mappings(facts.uid_mappings)
         linux["gidMappings"] = _mappings(facts.gid_mappings)
     if facts.cgroup_parent:
-        linux["cgroupsPath"] = f"{facts.cgroup_parent}/{id}"
+        # below a directory, or for the systemd manager SLICE:PREFIX:NAME
+        linux["cgroupsPath"] = f"{facts.cgroup_parent}{'/' if facts.cgroup_parent.startswith('/') else ':'}{id}"
     resources = limits(spec.limits)
     if resources and not facts.cgroup_parent:
         raise HostError(

@@ -26,7 +26,8 @@ class Side:
 
     def __init__(self, root: int, path: str, shown: str) -> None:
         self.root = root
-        self.path = path
+        # `..` is only ever resolved by openat2: as the name of an entry it would be the directory above the root
+        self.path = f"{path}/." if path.rsplit("/", 1)[-1] == ".." else path
         self.shown = shown
 
     def open(self, path: str, flags: int) -> int:

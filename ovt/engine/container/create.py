@@ -17,9 +17,9 @@ from ovt.kernel import cgroup as cgroups
 from ovt.kernel import procfs
 from ovt.kernel import syscalls as sc
 
-from . import namespaces, settle
+from . import namespaces, plain, settle
 from .init import Init, above
-from .state import FIFO, PLAIN, START_ERROR, State, now
+from .state import FIFO, START_ERROR, State, now
 from .tape import Tape
 
 TYPE_CHECKING = False
@@ -111,6 +111,7 @@ class _Creation:
             "cgroup": cgroup_record(self.cgroup),
             "no_pivot": request.no_pivot or not self.ns.mask & sc.CLONE_NEWNS,
             "namespaces": self.ns.mask,
+            "maps_root": self._maps_root(),
             "hooks": config.get("hooks") or {},
         }
         template = {name: self.linux[name] for name in ("seccomp", "personality") if self.linux.get(name)}
@@ -252,8 +253,8 @@ class _Creation:
 
         That has no descriptors but its standard ones, those handed down with it, and `keep`.
         """
-        if not self.user_namespace:
-            # with one, /proc/PID belongs to the namespace's root, and the kernel makes it undumpable by itself
+        if posix.geteuid() == 0:
+            # a rootless runtime could not touch it any more
             tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
         if self._maps_root():
             tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
@@ -406,7 +407,9 @@ class _Creation:
         final.program = built.program
         final.user_namespace = self.user_namespace
         final.no_setgroups = self.user_namespace and _setgroups_denied(init.pid)
-        final.no_setgroups |= self.record["annotations"].get("run.oci.keep_original_groups") == "1"
+        if posix.geteuid() != 0:
+            # only for a normal user: annotations come out of images too, and root's groups are not theirs to ask for
+            final.no_setgroups |= self.record["annotations"].get("run.oci.keep_original_groups") == "1"
         final.fifo, final.error_file = fifo, errors
         final.labels = self.labels
         env: list[str] = list(self.process.get("env") or [])
@@ -440,9 +443,7 @@ class _Creation:
                 self.open.remove(built.master)
                 self.master = built.master
         self.state.save()
-        hooks = self.record["hooks"]
-        if self.process.get("args") and not hooks.get("startContainer") and not hooks.get("poststart"):
-            posix.close(posix.open(f"{self.state.path}/{PLAIN}", _O_RDWR_NEW, 0o600))
+        plain.mark(self.state, self.process)
         if self.request.pid_file:
             write_pid_file(self.request.pid_file, self.state.pid)
 

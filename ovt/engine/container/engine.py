@@ -6,9 +6,11 @@ supervisor, and reaches into living containers. The runtime's own state lies bel
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +90,12 @@ class ContainerEngine:
         self._write_files(instance, home, config)
 
         def make(stdio: Stdio) -> int:
-            options: dict[str, Any] = {"overlay": overlay}
+            options: dict[str, Any] = {"overlay": view.by_descriptor(overlay) if overlay else None}
             if stdio.tty:
                 options["console_socket"] = stdio.console_socket()
             options["stdio"] = (stdio.stdin, stdio.stdout, stdio.stderr)
-            state = self.runtime.create(instance.id, f"{home}/bundle", config, **options)
-            return int(state.pid)
+            with self._parent_lock(fcntl.LOCK_SH):
+                return int(self.runtime.create(instance.id, f"{home}/bundle", config, **options).pid)
 
         made = supervisor.launch(
             home,
@@ -114,6 +116,11 @@ class ContainerEngine:
         starved = usage.out_of_memory(self.runtime.root, instance.id)
         self.runtime.delete(instance.id, force=True)
         usage.remove_unrecorded(self.runtime.root, [instance.id])
+        try:
+            with self._parent_lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                usage.remove_parents(self.cgroups.parent)
+        except BlockingIOError:
+            pass  # a container is just being made there
         return starved
 
     def destroy(self, instance: Instance, home: str) -> None:
@@ -249,6 +256,16 @@ class ContainerEngine:
                 os.close(living)
 
     # shared
+
+    @contextmanager
+    def _parent_lock(self, operation: int) -> Iterator[None]:
+        """Shared while a cgroup is made below our parent cgroup, exclusive while the empty parent is taken away."""
+        fd = os.open(f"{self.run}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, operation)
+            yield
+        finally:
+            os.close(fd)
 
     def _need_cgroup(self, what: str) -> None:
         if not self.cgroups.parent:

@@ -100,10 +100,17 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
         zero = tape.text("0")
         for fd in enter:
             tape.call("enter the cgroup", "write", fd, zero, 1)
-        if not mask & sc.CLONE_NEWUSER:
+        if posix.geteuid() == 0:
+            # a rootless runtime could not touch it any more, and has nothing that the container has not
             tape.call("become undumpable", "prctl", sc.PR_SET_DUMPABLE, 0, 0, 0, 0)
         if mask & _OUTSIDE:
             tape.call("join the container's namespaces", "setns", pidfd, mask & _OUTSIDE)
+        if mask & sc.CLONE_NEWUSER:
+            # at once: a host's root among the container's users would be worth tracing, sysctls go by the uid alone
+            user = spec.get("user") or {}
+            uid, gid = (0, 0) if record["maps_root"] else (user.get("uid") or 0, user.get("gid") or 0)
+            tape.call("become a user of the user namespace", "setresgid", gid, gid, gid)
+            tape.call("become a user of the user namespace", "setresuid", uid, uid, uid)
         if record["no_pivot"]:
             tape.call("enter the container's root", "fchdir", root)
             tape.call("chroot", "chroot", tape.text("."))
@@ -198,9 +205,6 @@ def _join(state: State, mask: int, pidfd: int) -> Tape:
     rest = mask & ~_OUTSIDE
     if rest:
         tape.call("join the container's namespaces", "setns", pidfd, rest)
-    if mask & sc.CLONE_NEWUSER and state.record.get("maps_root", True):
-        tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
-        tape.call("become root of the user namespace", "setresuid", 0, 0, 0)
     process.personality(tape, state.template)
     return tape
 

@@ -41,7 +41,6 @@ def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
     for entry in hook.get("env") or []:
         key, _, value = entry.encode().partition(b"=")
         env[key] = value
-    annotations = state.get("annotations") or {}
     read, write = posix.pipe2(posix.O_CLOEXEC)
     out_read, out_write = posix.pipe2(posix.O_CLOEXEC)
     actions: list[tuple[Any, ...]] = [
@@ -52,11 +51,6 @@ def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
     # a hook may leave a daemon behind, which would hold on to what our caller leaked to us
     inherited = [int(name) for name in posix.listdir("/proc/self/fd")]
     actions += [(posix.POSIX_SPAWN_CLOSE, fd) for fd in inherited if fd > 2]
-    for fd, stream in ((1, "stdout"), (2, "stderr")):
-        path = annotations.get(f"run.oci.hooks.{stream}")
-        if path:
-            flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND
-            actions.append((posix.POSIX_SPAWN_OPEN, fd, path, flags, 0o700))
     try:
         pid = posix.posix_spawn(
             hook["path"], args, env, file_actions=actions, setsigmask=[], setsigdef=[_SIGPIPE, _SIGXFSZ]

@@ -143,7 +143,8 @@ def _cgroup(state: State, verb: str) -> Cgroup:
 def delete(state: State, force: bool = False) -> None:
     """Remove everything the container had. A running one only with `force`, which kills it first.
 
-    Repeating an interrupted deletion is fine: each thing is removed if it is still there, the record last.
+    Repeating an interrupted deletion is fine: each thing is removed if it is still there, the record last. Of a stopped
+    container without hooks the same is done in ovt/launcher.c; plain.py says when.
     """
     status = state.status()
     if status != STOPPED:

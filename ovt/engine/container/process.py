@@ -30,6 +30,7 @@ PR_CAP_AMBIENT = 47
 _CLOSE_RANGE_CLOEXEC = 4
 _SECCOMP_SET_MODE_FILTER = 1
 _POLLIN = 1
+_INTERNAL_SIGNALS = (32, 33)  # posix_spawn of glibc leaves the two it uses itself ignored in the child
 _TIOCSCTTY = 0x540E
 
 RLIMITS = {
@@ -141,7 +142,10 @@ def _set_scheduler(pid: int, scheduler: dict[str, Any]) -> None:
             scheduler.get("period") or 0,
         )
     except OSError as error:
-        raise refused(f"sched_setattr: {policy}", error) from None
+        hint = ""
+        if error.errno == EPERM and policy in ("SCHED_FIFO", "SCHED_RR"):
+            hint = "a cgroup of version 1 needs linux.resources.cpu.realtimeRuntime, the host CAP_SYS_NICE"
+        raise refused(f"sched_setattr: {policy}", error, hint) from None
 
 
 def parse_cpus(text: str) -> set[int]:
@@ -238,6 +242,9 @@ def finish(tape: Tape, final: Final, sync_fd: int) -> None:
     user = process.get("user") or {}
     no_new_privs = bool(process.get("noNewPrivileges"))
     labels = final.labels.open(tape) if final.labels else []
+    default = tape.data(bytes(32))
+    for number in _INTERNAL_SIGNALS:
+        tape.call(f"reset signal {number}", "rt_sigaction", number, default, 0, 8)
     umask = user.get("umask")
     tape.call("set umask", "umask", 0o022 if umask is None else umask)
     if final.seccomp and not no_new_privs:

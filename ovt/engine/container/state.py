@@ -3,7 +3,7 @@
     state.json   what must be known to find, finish or remove the container; replaced atomically
     exec.json    what `exec` takes from the configuration: its process, seccomp and personality; never changes
     exec.fifo    exists until `start`: a container with it is `created`
-    plain        exists when all that `start` has to do is to write into the FIFO (ovt/launcher.c then needs no Python)
+    plain        exists when all that `start` has to do is to write into the FIFO (see plain.py)
     start.error  ovt-init's last words when the program could not be executed
 
 What is written here is enough for `delete` after a kill -9 at any point: the record is made before anything else

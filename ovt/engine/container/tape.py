@@ -49,6 +49,7 @@ _NUMBERS = {
     "poll": (271, 73),  # ppoll: aarch64 has no poll
     "prctl": (157, 167),
     "read": (0, 63),
+    "rt_sigaction": (13, 134),
     "seccomp": (317, 277),
     "set_mempolicy": (238, 237),
     "setgroups": (116, 159),

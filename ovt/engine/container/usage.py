@@ -169,6 +169,8 @@ def remove_cgroup(path: str) -> None:
 
 def remove_parents(parent: str) -> None:
     """Remove the directory `parent` itself where nothing is left in it."""
+    if not parent.startswith("/"):
+        return
     for root in _hierarchies():
         try:
             os.rmdir(root + parent)

@@ -15,6 +15,7 @@ from ovt.errors import HostError, NotFound
 from ovt.kernel import procfs
 from ovt.kernel.syscalls import O_PATH
 
+_VALUE = 255  # bytes that fsconfig(2) takes as a value
 _FLAGS = O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -57,6 +58,24 @@ def resting(layers: list[str], upper: str, work: str, rootless: bool = False) ->
 def overlay(layers: list[str], upper: str, work: str, rootless: bool = False) -> dict[str, Any]:
     """The same for the runtime, which mounts it inside the container's own mount namespace."""
     return {"lower": layers, "upper": upper, "work": work, "options": overlay_options(rootless)}
+
+
+def by_descriptor(overlay: dict[str, Any]) -> dict[str, Any]:
+    """The same overlay with descriptors in place of paths, where the paths are too long or hold what separates.
+
+    The descriptors stay open: this is for a process that mounts the overlay, or a copy of it does, and then ends or
+    executes something else.
+    """
+    joined = ":".join(overlay["lower"])
+    plain = len(os.fsencode(joined)) <= _VALUE and len(os.fsencode(overlay["upper"])) <= _VALUE
+    if plain and joined.count(":") == len(overlay["lower"]) - 1:
+        return overlay
+
+    def opened(path: str) -> str:
+        return f"/proc/self/fd/{os.open(path, _FLAGS)}"
+
+    lower = [opened(path) for path in overlay["lower"]]
+    return {**overlay, "lower": lower, "upper": opened(overlay["upper"]), "work": opened(overlay["work"])}
 
 
 def overlay_options(rootless: bool) -> list[str]:

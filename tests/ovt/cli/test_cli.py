@@ -348,6 +348,25 @@ def test_force_offers_everything_to_delete(ovt: Ovt, web: str, host: Host) -> No
     assert [item.value for item in offered] == ["web"]
 
 
+@pytest.mark.parametrize(
+    ("words", "incomplete", "expected"),
+    [
+        (("cp",), "w", [("web:", "plain"), ("w", "file")]),
+        (("run",), "bu", [("busybox", "plain"), ("bu", "file")]),
+        (("run",), "./", [("./", "file")]),
+        (("re",), "re", [("restart", "plain"), ("resume", "plain"), ("rename", "plain")]),
+    ],
+)
+def test_images_and_files_are_offered(
+    ovt: Ovt, web: str, host: Host, words: tuple[str, ...], incomplete: str, expected: list[tuple[str, str]]
+) -> None:
+    from click.shell_completion import ShellComplete
+
+    before = ["--data-root", host.data, "--run-root", host.run_root, *(word for word in words if word != "re")]
+    offered = ShellComplete(cli.cli, {}, "ovt", "_OVT_COMPLETE").get_completions(before, incomplete)
+    assert [(item.value, item.type) for item in offered] == expected
+
+
 def test_every_verb_that_completes_is_in_the_table_of_states() -> None:
     from ovt.cli.context import InstanceName
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import tarfile
 import threading
 import time
@@ -177,6 +178,23 @@ def test_an_image_directory_is_not_changed_unless_in_place(ovt: Place, tmp_path:
     assert ovt.out("run", "--rm", str(tmp_path / "image.tar.gz"), "sh", "-c", "read x < /new; echo $x") == "changed"
 
 
+def test_long_and_odd_paths(ovt: Place, tmp_path: Path) -> None:
+    base = tmp_path / ("x" * 150) / ("a:b," * 40)
+    (base / "image/bin").mkdir(parents=True)
+    (base / "image/bin/sh").write_bytes(Path("/bin/busybox").read_bytes())
+    (base / "image/bin/sh").chmod(0o755)
+    other = Place(base)
+    try:
+        assert other.out("run", "--name", "a", str(base / "image"), "sh", "-c", "echo x > /new; echo done") == "done"
+        other("run", "-d", "--name", "b", "busybox", "sleep", "100")
+        assert other.out("exec", "b", "hostname") == "b"
+        other("stop", "-t", "0", "b")
+        other("delete", "a", "b")
+    finally:
+        other("delete", "-f", "a", "b", check=False)
+    other.nothing_left()
+
+
 # life
 
 
@@ -322,3 +340,25 @@ def test_the_library(ovt: Place) -> None:
     host.stop("web", 0.0)
     assert host.wait("web") == 137
     host.delete("web")
+
+
+def test_following_events(ovt: Place) -> None:
+    process = subprocess.Popen(
+        [*ovt.words, "events", "-f", "--filter", "name=web", "--format", "{{.event}}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        ovt("run", "--rm", "--name", "web", "busybox", "true")
+        assert [process.stdout.readline().strip() for _ in range(4)] == ["create", "start", "exit", "delete"]
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_stats_go_on_until_the_instance_ends(ovt: Place) -> None:
+    ovt("run", "-d", "--name", "web", "busybox", "sleep", "1.5")
+    done = ovt("stats", "--interval", "0.2", "--format", "{{.name}} {{.pids}}", "web")
+    assert 2 <= done.stdout.count("web 1\n") <= 9

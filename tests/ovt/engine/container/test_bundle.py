@@ -153,6 +153,13 @@ def test_limits_without_a_cgroup() -> None:
     assert "ovt check" in caught.value.hint
 
 
+def test_where_its_cgroup_is() -> None:
+    assert make(PLAIN)["linux"]["cgroupsPath"] == "/ovt/0123456789ab"
+    systemd = make(PLAIN, Facts(cgroup_parent="user.slice:ovt"))
+    assert systemd["linux"]["cgroupsPath"] == "user.slice:ovt:0123456789ab"
+    assert "cgroupsPath" not in make(PLAIN, ROOTLESS)["linux"]
+
+
 def test_a_read_only_root_has_places_to_write() -> None:
     made = make(PLAIN._replace(read_only=True, volumes=(Volume("/data", "/tmp"),)))
     assert made["root"]["readonly"]

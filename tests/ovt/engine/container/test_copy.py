@@ -242,6 +242,20 @@ def test_layers_with_long_names_and_colons(tmp_path: Path) -> None:
     os.close(fd)
 
 
+def test_an_overlay_is_named_by_descriptors_where_paths_do_not_do(tmp_path: Path) -> None:
+    plain = view.overlay(["/lower", "/lower2"], "/upper", "/work")
+    assert view.by_descriptor(plain) == plain
+    for odd in (tmp_path / "a:b", tmp_path / ("x" * 150) / ("y" * 150)):
+        for name in ("lower", "upper", "work"):
+            (odd / name).mkdir(parents=True)
+        made = view.by_descriptor(view.overlay([f"{odd}/lower"], f"{odd}/upper", f"{odd}/work", True))
+        fds = [*made["lower"], made["upper"], made["work"]]
+        assert [os.readlink(fd) for fd in fds] == [f"{odd}/lower", f"{odd}/upper", f"{odd}/work"]
+        assert made["options"] == ["userxattr"]
+        for fd in fds:
+            os.close(int(fd.rpartition("/")[2]))
+
+
 def test_a_living_process_is_checked_by_its_start_time() -> None:
     since = procfs.start_time(os.getpid()) or 0
     fd = view.living(os.getpid(), since)

@@ -13,6 +13,7 @@ from ovt.engine.container.facts import Cgroups
 from ovt.engine.container.readiness import Check
 from ovt.errors import HostError, NotFound
 from ovt.image import busybox
+from ovt.kernel import procfs
 
 
 @pytest.fixture
@@ -63,11 +64,14 @@ def test_without_cgroups(
 
 
 def test_a_missing_controller(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = procfs.read
+
+    def read(path: str, limit: int = 1 << 20) -> str:
+        return "cpu io pids cpuset\n" if path.endswith("cgroup.controllers") else real(path, limit)
+
     monkeypatch.setattr(facts, "cgroup_version", lambda: "v2")
     monkeypatch.setattr(facts, "find_cgroups", lambda run: Cgroups("cgroupfs", "/ovt", True))
-    monkeypatch.setattr(
-        readiness.procfs, "read", lambda path: "cpu io pids cpuset\n" if "cgroup" in path else "CapEff:\t0\n"
-    )
+    monkeypatch.setattr(procfs, "read", read)
     check = found("cgroup controllers")
     assert (check.state, check.detail, "cgroup_enable=memory" in check.fix) == ("warn", "without memory", True)
 
