@@ -17,7 +17,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# verb: (module below ovt.runtime_verbs, function, flags with a value, flags without, help)
 _SPEC_VERSION = "1.3.0"
 
 
@@ -94,8 +93,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 1
     except Exception as error:
         _complain(globals_, f"internal error: {type(error).__name__}: {error}")
         if globals_.debug:
@@ -142,12 +139,18 @@ def _keep_stdio_open() -> None:
             posix.open("/dev/null", posix.O_RDWR)
 
 
-def _complain(globals_: Globals, message: str) -> None:
+def warn(globals_: Globals, messages: list[str]) -> None:
+    """Tell what went wrong without making the command fail."""
+    for message in messages:
+        _complain(globals_, f"warning: {message}", "warning")
+
+
+def _complain(globals_: Globals, message: str, level: str = "error") -> None:
     """One line on stderr; with --log also there, in its format, once."""
     line = " ".join(message.split("\n"))
     if globals_.log:
         try:
-            _write_log(globals_, line)
+            _write_log(globals_, line, level)
         except OSError as error:
             line += f" (and cannot write {globals_.log}: {posix.strerror(error.errno or 0)})"
     try:
@@ -156,15 +159,15 @@ def _complain(globals_: Globals, message: str) -> None:
         pass  # nobody listens
 
 
-def _write_log(globals_: Globals, line: str) -> None:
+def _write_log(globals_: Globals, line: str, level: str) -> None:
     from ovt.engine.container.state import now
 
     if globals_.log_format == "json":
         from ovt.kernel import jsonc
 
-        text = jsonc.dumps({"level": "error", "msg": line, "time": now()})
+        text = jsonc.dumps({"level": level, "msg": line, "time": now()})
     else:
-        text = f'time="{now()}" level=error msg="{line}"'
+        text = f'time="{now()}" level={level} msg="{line}"'
     fd = _open_log(globals_)
     try:
         posix.write(fd, f"{text}\n".encode("utf-8", "surrogateescape"))

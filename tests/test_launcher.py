@@ -122,7 +122,7 @@ def test_a_failed_start_tells_why(
     assert both(oci, launchers, run_root, make) == (1, "", expected, "stopped")
 
 
-@pytest.mark.parametrize("before", ["running", "stopped", "killed", "absent", "damaged"])
+@pytest.mark.parametrize("before", ["running", "stopped", "killed", "paused", "absent", "damaged"])
 def test_what_cannot_be_started(
     oci: Oci, launchers: tuple[Path, Path], run_root: Path, bundle: Bundle, create: Callable[[Path], str], before: str
 ) -> None:
@@ -137,6 +137,8 @@ def test_what_cannot_be_started(
         if before in ("running", "stopped"):
             oci("start", name, check=True)
             time.sleep(0.05)
+        elif before == "paused":
+            oci("pause", name, check=True)
         else:
             oci("kill", name, "KILL", check=True)
             time.sleep(0.05)
@@ -304,7 +306,8 @@ def test_more_than_a_plain_delete_is_left_to_python(
     config: dict[str, object] = {"hooks": {"poststop": [hook]}} if what == "hook" else {}
     words = ["true"]
     if what == "process left":  # without a pid namespace nothing ends with the first process
-        config = {"linux": {"namespaces": [{"type": "mount"}]}}
+        kinds = ("mount", "uts", "ipc", "network", "cgroup")
+        config = {"linux": {"namespaces": [{"type": kind} for kind in kinds]}}
         words = ["sh", "-c", "sleep 60 >/dev/null 2>&1 & exit 0"]
     name = ended(oci, create(bundle(*words, config=config)))
     cgroups = cgroups_of(run_root, name)

@@ -100,8 +100,10 @@ class OvtUsage(click.UsageError):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "--version", message="ovt %(version)s")
-@click.option("--data-root", envvar="OVT_DATA_ROOT", metavar="DIR", help="Where instances are kept.")
-@click.option("--run-root", envvar="OVT_RUN_ROOT", metavar="DIR", help="Where run-time state is kept.")
+@click.option("--data-root", envvar="OVT_DATA_ROOT", show_envvar=True, metavar="DIR", help="Where instances are kept.")
+@click.option(
+    "--run-root", envvar="OVT_RUN_ROOT", show_envvar=True, metavar="DIR", help="Where run-time state is kept."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but results.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what is done on the way.")
 @click.pass_context

@@ -10,9 +10,10 @@ from ovt.errors import HostError, NotFound
 _PLACES = ("/bin/busybox", "/usr/bin/busybox", "/usr/local/bin/busybox")
 _HINT = "apt-get install busybox-static"
 _PT_INTERP = 3
+_LAYOUT = 2  # counts changes of what is below: images made before them are not used again
 
 _DIRECTORIES = {
-    "dev": 0o755, "etc": 0o755, "home": 0o755, "proc": 0o555, "root": 0o700, "run": 0o755, "sys": 0o555,
+    "dev": 0o755, "etc": 0o755, "home": 0o755, "mnt": 0o755, "proc": 0o555, "root": 0o700, "run": 0o755, "sys": 0o555,
     "tmp": 0o1777, "usr": 0o755, "usr/bin": 0o755, "usr/sbin": 0o755, "bin": 0o755, "sbin": 0o755,
     "var": 0o755, "var/log": 0o755, "var/tmp": 0o1777,
 }  # fmt: skip
@@ -36,7 +37,7 @@ def find() -> tuple[str, str]:
         with open(path, "rb") as file:
             if is_static(file.read(4096)):  # program headers follow the file header in what linkers write
                 info = os.fstat(file.fileno())
-                return path, f"{info.st_size:x}-{info.st_mtime_ns:x}"
+                return path, f"{_LAYOUT}-{info.st_size:x}-{info.st_mtime_ns:x}"
         dynamic = path
     if dynamic:
         raise HostError(f"{dynamic} is linked against shared libraries, which the image would not have", hint=_HINT)

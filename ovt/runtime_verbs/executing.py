@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ovt.engine.container.state import State
-from ovt.errors import OvtError, UsageError
+from ovt.errors import UsageError
 from ovt.runtime import Globals
 from ovt.runtime_verbs import number, value
 from ovt.runtime_verbs.verbs import runtime
@@ -37,13 +37,7 @@ def exec_(globals_: Globals, options: dict[str, list[str]], words: list[str]) ->
         size = terminal.own_size()
         if size:
             process["consoleSize"] = size
-    try:
-        pid, master = engine.exec_terminal(container_id, process, **wanted)
-    except OvtError as error:
-        if error.exit_status in (126, 127):
-            raise
-        error.exit_status = 255
-        raise
+    pid, master = engine.exec_terminal(container_id, process, **wanted)
     if detach:
         return 0
     from ovt.engine.container import foreground
@@ -62,8 +56,7 @@ def _process(root: str, container_id: str, options: dict[str, list[str]], comman
     if not command:
         raise UsageError("exec: name a command, or a file with --process")
     process = {**State.load(root, container_id).template["process"], "args": command, "terminal": False}
-    for key in ("consoleSize", "execCPUAffinity", "rlimits") if "rlimits" not in process else ("consoleSize",):
-        process.pop(key, None)
+    process.pop("consoleSize", None)
     if value(options, "cwd"):
         process["cwd"] = value(options, "cwd")
     process["env"] = [*(process.get("env") or []), *options.get("env", []), *options.get("e", [])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posix
 
 from ovt.errors import OvtError, UsageError
-from ovt.runtime import Globals
+from ovt.runtime import Globals, warn
 from ovt.runtime_verbs import number, value
 from ovt.runtime_verbs.verbs import runtime
 
@@ -79,5 +79,5 @@ def run(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> i
             engine.delete(container_id, force=True)
         raise
     if "keep" not in options:
-        engine.delete(container_id, force=True)
+        warn(globals_, engine.delete(container_id, force=True))
     return status

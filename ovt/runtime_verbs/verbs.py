@@ -5,7 +5,7 @@ import posix
 from ovt.engine.container.runtime import Runtime
 from ovt.errors import UsageError
 from ovt.kernel import jsonc
-from ovt.runtime import Globals
+from ovt.runtime import Globals, warn
 
 _SIGNALS = [
     "HUP",
@@ -48,9 +48,9 @@ def runtime(globals_: Globals) -> Runtime:
 
 
 def signal_number(text: str) -> int:
-    """`9`, `KILL`, `SIGKILL`, `RTMIN+3`; UsageError otherwise."""
-    if text.isdigit():
-        if not 0 < int(text) < 65:
+    """`9`, `KILL`, `SIGKILL`, `RTMIN+3`, 0 to ask only; UsageError otherwise."""
+    if text.isascii() and text.isdigit():
+        if int(text) > 64:
             raise UsageError(f"unknown signal {text!r}")
         return int(text)
     name = text.upper().removeprefix("SIG")
@@ -71,11 +71,14 @@ def start(globals_: Globals, options: dict[str, list[str]], words: list[str]) ->
     engine = runtime(globals_)
     if notify:
         from ovt.engine.container import notify as notify_
+        from ovt.engine.container.state import check_id
 
-        with notify_.Proxy(engine.root, words[0], notify.decode()) as proxy:
-            engine.start(words[0])
-            proxy.wait_ready()
-        return 0
+        check_id(words[0])
+        if notify_.expected(engine.root, words[0]):
+            with notify_.Proxy(engine.root, words[0], notify.decode("utf-8", "surrogateescape")) as proxy:
+                engine.start(words[0])
+                proxy.wait_ready()
+            return 0
     engine.start(words[0])
     return 0
 
@@ -98,7 +101,7 @@ def kill(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> 
 def delete(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
     engine = runtime(globals_)
     for container_id in _chosen(engine, options, words[0]):
-        engine.delete(container_id, force="force" in options or "f" in options)
+        warn(globals_, engine.delete(container_id, force="force" in options or "f" in options))
     return 0
 
 

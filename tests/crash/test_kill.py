@@ -22,7 +22,7 @@ from tests.crash.tracer import Run, points
 
 pytestmark = pytest.mark.root
 
-CREATE, START, EXEC, DELETE = 24, 8, 12, 14
+CREATE, START, EXEC, DELETE = 22, 6, 10, 12
 STATUSES = {"creating", "created", "running", "stopped", "paused"}
 lengths: dict[str, tuple[int, int]] = {}
 

@@ -52,7 +52,7 @@ def test_cve_2024_21626_working_directory_of_run(
     oci: Oci, bundle: Bundle, container_id: str, leaky: Leaky, place: str
 ) -> None:
     """process.cwd is a descriptor, by number, through a link in the image, or a directory below it."""
-    for number in range(FIRST, LAST + 1):
+    for number in range(FIRST, LAST + 1, 1 if place == "proc" else 4):
         base = "/proc/thread-self" if place == "thread-self" else "/proc/self"
         cwd = f"{base}/fd/{number}" + ("/." if place == "child" else "")
         made = bundle("ls", "-a", ".", config={"process": {"cwd": "/work" if place == "link" else cwd}})

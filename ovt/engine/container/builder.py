@@ -151,12 +151,8 @@ def _build(job: Job, channel: socket) -> tuple[dict[str, Any], tuple[int, ...]]:
         return _without_mount_namespace(config, channel, job)
     rootfs.build(place, job.cgroup)
     process = config.get("process") or {}
-    fds: tuple[int, ...] = ()
-    if process.get("terminal"):
-        uid = (process.get("user") or {}).get("uid") or 0
-        from . import console
-
-        fds = console.open_pair(rootfs.tree, process.get("consoleSize"), uid)
+    fds = _terminal(rootfs.tree, process)
+    if fds:
         devices.make_console(rootfs.tree, fds[1])
     _hooks(job, channel)
     _make_cwd(rootfs.tree, process.get("cwd") or "/")
@@ -192,7 +188,16 @@ def _without_mount_namespace(
     _hooks(job, channel)
     root = posix.open(job.state["rootfs"], paths.O_PATH | posix.O_DIRECTORY | posix.O_CLOEXEC)
     process = config.get("process") or {}
-    return _found(root, process, _home(root, process)), ()
+    return _found(root, process, _home(root, process)), _terminal(root, process)
+
+
+def _terminal(root: int, process: dict[str, Any]) -> tuple[int, ...]:
+    """(master, slave), or nothing where none is asked for."""
+    if not process.get("terminal"):
+        return ()
+    from . import console
+
+    return console.open_pair(root, process.get("consoleSize"), (process.get("user") or {}).get("uid") or 0)
 
 
 def _hooks(job: Job, channel: socket) -> None:

@@ -39,14 +39,21 @@ def open_pair(root: int, size: dict[str, Any] | None, uid: int = 0) -> tuple[int
                 error,
                 "process.terminal needs a devpts mount at /dev/pts",
             ) from None
-    fcntl.ioctl(master, TIOCSPTLCK, pack("i", 0))
-    slave = fcntl.ioctl(master, TIOCGPTPEER, posix.O_RDWR | posix.O_NOCTTY | posix.O_CLOEXEC)
-    if posix.major(posix.fstat(slave).st_rdev) not in _DEVPTS_MAGIC_MAJORS:
-        raise HostError("the container's terminal is not a pseudo-terminal")
-    if size and size.get("height") is not None:
-        fcntl.ioctl(master, TIOCSWINSZ, pack("HHHH", size["height"] & 0xFFFF, size["width"] & 0xFFFF, 0, 0))
-    if uid:
-        posix.chown(slave, uid, -1)
+    slave = -1
+    try:
+        fcntl.ioctl(master, TIOCSPTLCK, pack("i", 0))
+        slave = fcntl.ioctl(master, TIOCGPTPEER, posix.O_RDWR | posix.O_NOCTTY | posix.O_CLOEXEC)
+        if posix.major(posix.fstat(slave).st_rdev) not in _DEVPTS_MAGIC_MAJORS:
+            raise HostError("the container's terminal is not a pseudo-terminal")
+        if size and size.get("height") is not None:
+            fcntl.ioctl(master, TIOCSWINSZ, pack("HHHH", size["height"] & 0xFFFF, size["width"] & 0xFFFF, 0, 0))
+        if uid:
+            posix.chown(slave, uid, -1)
+    except BaseException:
+        for fd in (master, slave):
+            if fd >= 0:
+                posix.close(fd)
+        raise
     return master, slave
 
 
@@ -59,14 +66,16 @@ def send_master(socket_path: str, master: int) -> None:
         directory, _, name = socket_path.rpartition("/")
         if len(socket_path) > 100:  # sun_path holds 108 bytes
             fd = posix.open(directory or ".", paths.O_PATH | posix.O_CLOEXEC)
-            channel.connect(f"/proc/self/fd/{fd}/{name}")
-            posix.close(fd)
+            try:
+                channel.connect(f"/proc/self/fd/{fd}/{name}")
+            finally:
+                posix.close(fd)
         else:
             channel.connect(socket_path)
         channel.sendmsg([b"/dev/ptmx"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, pack("i", master))])
     except OSError as error:
         raise HostError(
-            f"send the terminal to {socket_path}: {posix.strerror(error.errno or 0)}", error.errno or 0
+            f"send the terminal to {socket_path}: {error.strerror or error}", error.errno or 0
         ) from None
     finally:
         channel.close()

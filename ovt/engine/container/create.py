@@ -19,7 +19,8 @@ from ovt.kernel import syscalls as sc
 
 from . import namespaces, plain, settle
 from .init import Init, above
-from .state import FIFO, START_ERROR, State, now
+from .request import Request
+from .state import FIFO, START_ERROR, STOPPED, State, now, write_pid_file
 from .tape import Tape
 
 TYPE_CHECKING = False
@@ -36,40 +37,6 @@ if TYPE_CHECKING:
 
 _O_RDWR_NEW = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
 _CAP_SYS_ADMIN = 21
-_CLOCKS = {"monotonic": 1, "boottime": 7}
-
-
-class Request:
-    """What `create` is asked to do besides the configuration; the defaults are those of the command line."""
-
-    __slots__ = (
-        "bundle",
-        "cgroup_manager",
-        "console_socket",
-        "keep_fds",
-        "listen_fds",
-        "no_new_keyring",
-        "no_pivot",
-        "notify_socket",
-        "overlay",
-        "pid_file",
-        "stdio",
-        "want_terminal",
-    )
-
-    def __init__(self, bundle: str) -> None:
-        self.bundle = bundle
-        self.cgroup_manager = "cgroupfs"
-        self.console_socket: str | None = None
-        self.keep_fds = 0
-        self.listen_fds = 0  # how many of the kept descriptors are sockets passed by sd_listen_fds(3)
-        self.no_new_keyring = False
-        self.no_pivot = False
-        self.notify_socket = ""
-        self.overlay: dict[str, Any] | None = None
-        self.pid_file: str | None = None
-        self.stdio = (0, 1, 2)
-        self.want_terminal = False  # return the terminal's master instead of sending it to a socket
 
 
 def create(root: str, container_id: str, config: dict[str, Any], request: Request) -> tuple[State, int]:
@@ -124,6 +91,7 @@ class _Creation:
         self.network = -1  # the namespace that NICs were moved to: it must not end before they are back
         self.open: list[int] = []  # ours, closed at the end
         self.master = -1
+        self.hooked = False  # hooks have been run, so that those of poststop are due in any case
 
     def run(self) -> tuple[State, int]:
         try:
@@ -171,15 +139,17 @@ class _Creation:
         passing = [*enter, *([into] if into >= 0 else []), *(fd for _, _, fd in joined)]
         init = self.init = Init(request.stdio, [*keep, *passing], lowest)
         tape = Tape()
-        _enter_cgroup(tape, enter)
+        settle.enter_cgroup(tape, enter)
         if self.user_namespace:
             tape = self._enter_user_namespace(init, tape, joined)
         self._clone(init, tape, joined, into, keep)
         # while the kernel makes the namespaces
         from . import builder
 
-        rootfs = self._open_rootfs(init)
-        pid = init.adopt_clone(tape)
+        try:
+            rootfs = self._open_rootfs(init)
+        finally:
+            pid = init.adopt_clone(tape)  # else nobody would know whom to reap
         self.record["pid"] = pid
         self.record["pid_start"] = procfs.start_time(pid)
         self.record["cgroup"] = cgroup_record(self.cgroup)
@@ -259,21 +229,7 @@ class _Creation:
         if self._maps_root():
             tape.call("become root of the user namespace", "setresgid", 0, 0, 0)
             tape.call("become root of the user namespace", "setresuid", 0, 0, 0)
-        for kind, flag, fd in joined:
-            if kind != "user":
-                tape.call(f"join {kind} namespace", "setns", fd, flag)
-        if self.ns.new & sc.CLONE_NEWTIME:
-            tape.call("create time namespace", "unshare", sc.CLONE_NEWTIME)
-            offsets = self.linux.get("timeOffsets") or {}
-            text = "".join(
-                f"{_CLOCKS[clock]} {entry.get('secs') or 0} {entry.get('nanosecs') or 0}\n"
-                for clock, entry in offsets.items()
-            )
-            if text:
-                path = tape.text("/proc/self/timens_offsets")
-                fd_ = tape.call("open timens_offsets", "openat", sc.AT_FDCWD, path, posix.O_WRONLY)
-                tape.call("set time offsets", "write", fd_, tape.data(text.encode()), len(text))
-                tape.call("close", "close", fd_)
+        settle.enter_namespaces(tape, joined, self.ns.new, self.linux.get("timeOffsets") or {})
         later = sc.CLONE_NEWUSER | sc.CLONE_NEWCGROUP | sc.CLONE_NEWTIME
         tape.clone("create namespaces", sc.CLONE_PARENT | self.ns.new & ~later, cgroup_fd)
         init.close_inherited(tape, keep)
@@ -293,13 +249,20 @@ class _Creation:
             self.config,
             self.request.bundle,
             user_namespace=self.user_namespace,
-            userns_for=_IdMappings(init.pid, self.user_namespace),
+            userns_for=lambda mount: self._user_namespace_for(mount, init.pid),
             overlay=self.request.overlay,
         )
         if sc.capget() >> _CAP_SYS_ADMIN & 1:
-            rootfs.open()
-            self.open += rootfs.descriptors()
+            try:
+                rootfs.open()
+            finally:
+                self.open += rootfs.descriptors()
         return rootfs
+
+    def _user_namespace_for(self, mount: Mount, init_pid: int) -> int:
+        from . import idmap
+
+        return idmap.namespace_for(mount, init_pid if self.user_namespace else 0)
 
     def _settle_inside(self, init: Init, rootfs: Rootfs | None) -> None:
         """What only the process itself can do: its cgroup namespace, its keyring, the procfs of its pid namespace."""
@@ -352,6 +315,7 @@ class _Creation:
         if message.get("hooks"):
             from . import hooks
 
+            self.hooked = True
             state = self._hook_state(pid)
             hooks.run(self.config.get("hooks"), "prestart", state)
             hooks.run(self.config.get("hooks"), "createRuntime", state)
@@ -466,47 +430,15 @@ class _Creation:
         except (OSError, OvtError):
             return  # the first error is the one to tell; the record stays
         self.state.remove()
+        if self.hooked:
+            from . import hooks
 
-
-def _enter_cgroup(tape: Tape, descriptors: list[int]) -> None:
-    """v1: the process moves itself, which spares the wait for a grace period that moving another one costs."""
-    zero = tape.text("0")
-    for fd in descriptors:
-        tape.call("enter the cgroup", "write", fd, zero, 1)
-        tape.call("close", "close", fd)
-
-
-class _IdMappings:
-    """Finds the user namespace for an id-mapped mount: the container's own, or one made for the mount's mappings."""
-
-    def __init__(self, pid: int, user_namespace: bool) -> None:
-        self.pid = pid
-        self.user_namespace = user_namespace
-
-    def __call__(self, mount: Mount) -> int:
-        from . import idmap
-
-        return idmap.namespace_for(mount, self.pid if self.user_namespace else 0)
+            hooks.run(self.record["hooks"], "poststop", {**self._hook_state(0), "status": STOPPED}, [])
 
 
 def cgroup_record(cgroup: cgroups.Cgroup) -> dict[str, Any] | None:
     """What the state keeps of it; None where cgroups are disabled, so that every verb sees that there is none."""
     return None if cgroup.manager == "disabled" else cgroup.record()
-
-
-def write_pid_file(path: str, pid: int) -> None:
-    """The pid in digits, no newline (containerd parses the whole file as a number), replaced atomically."""
-    directory, _, name = path.rpartition("/")
-    temporary = f"{directory}/.{name}.{posix.getpid()}" if directory else f".{name}.{posix.getpid()}"
-    flags = posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC  # in /tmp, a link may lie in wait
-    try:
-        fd = posix.open(temporary, flags, 0o644)
-    except FileExistsError:
-        posix.unlink(temporary)
-        fd = posix.open(temporary, flags, 0o644)
-    posix.write(fd, str(pid).encode())
-    posix.close(fd)
-    posix.rename(temporary, path)
 
 
 def _setgroups_denied(pid: int) -> bool:

@@ -125,7 +125,7 @@ def make(root: int, devices: list[dict[str, Any]], host_nodes: dict[str, int] | 
 
 def _make_node(parent: int, name: str, device: dict[str, Any]) -> None:
     kind = _TYPES[device["type"]]
-    mode = kind | (device.get("fileMode") or 0o666) & 0o7777
+    mode = kind | device.get("fileMode", 0o666) & 0o7777
     number = posix.makedev(device.get("major") or 0, device.get("minor") or 0) if kind != 0o010000 else 0
     try:
         posix.mknod(name, mode, number, dir_fd=parent)

@@ -15,9 +15,8 @@ from ovt.kernel import syscalls as sc
 
 from . import console, paths, process, settle
 from .builder import home_of
-from .create import write_pid_file
 from .init import Init, above
-from .state import CREATED, PAUSED, RUNNING, State
+from .state import CREATED, PAUSED, RUNNING, State, write_pid_file
 from .tape import Tape
 
 TYPE_CHECKING = False
@@ -125,6 +124,8 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
         final, listener = _final(state, spec, program, env, lowest)
         tape = _join(state, mask, pidfd)
         process.become_session(tape, bool(spec.get("terminal")))
+        if not spec.get("terminal"):
+            process.own_stdio(request.stdio, spec, _mappings(pid) if final.user_namespace else {})
         final.labels = labels
         final.no_setgroups = final.user_namespace and procfs.read(f"/proc/{pid}/setgroups").startswith("deny")
         process.finish(tape, final, init.sync_fd)
@@ -167,6 +168,15 @@ def _labels(state: State, spec: dict[str, Any], lowest: int) -> Labels | None:
     from .labels import Labels
 
     return Labels({**spec, **wanted}, lowest)
+
+
+def _mappings(pid: int) -> dict[str, list[dict[str, int]]]:
+    """The id mappings of the user namespace of `pid`, as config.linux has them."""
+    out: dict[str, list[dict[str, int]]] = {}
+    for kind in ("uid", "gid"):
+        rows = [map(int, line.split()) for line in procfs.read(f"/proc/{pid}/{kind}_map").splitlines()]
+        out[f"{kind}Mappings"] = [dict(zip(("containerID", "hostID", "size"), row, strict=True)) for row in rows]
+    return out
 
 
 def _look_up(root: int, spec: dict[str, Any]) -> tuple[str, list[str]]:
@@ -229,7 +239,7 @@ def _final(
 
 def run_start_hooks(state: State) -> None:
     """startContainer hooks: run inside the container, as its root, before its program (runtime-spec)."""
-    from ovt.kernel import jsonc
+    from . import hooks
 
     for i, hook in enumerate(state.record["hooks"]["startContainer"]):
         what = f"startContainer hook #{i} ({hook['path']})"
@@ -241,16 +251,15 @@ def run_start_hooks(state: State) -> None:
             "user": {"uid": 0, "gid": 0},
             "capabilities": state.template["process"].get("capabilities"),
         }
-        read, write = posix.pipe2(posix.O_CLOEXEC)
+        stdin = hooks.as_stdin(state.oci())
         null = posix.open("/dev/null", posix.O_WRONLY | posix.O_CLOEXEC)
         request = Request()
-        request.stdio = (read, null, null)
+        request.stdio = (stdin, null, null)
         try:
-            posix.write(write, jsonc.dumps(state.oci()).encode())
             pid, _ = execute(state, spec, request)
         finally:
-            for fd in (read, write, null):
-                posix.close(fd)
+            posix.close(stdin)
+            posix.close(null)
         _wait_hook(what, pid, hook.get("timeout"))
 
 

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 _SIGPIPE, _SIGXFSZ, _SIGKILL = 13, 25, 9
 
 
-def run(config_hooks: dict[str, Any] | None, name: str, state: dict[str, Any]) -> None:
-    """Run the hooks of one point in order; the first that fails ends it with HostError."""
+def run(
+    config_hooks: dict[str, Any] | None, name: str, state: dict[str, Any], failures: list[str] | None = None
+) -> None:
+    """Run the hooks of one point in order; the first that fails ends it with HostError.
+
+    With `failures` (poststop, where the runtime-spec wants a warning) it is noted there, and the next one runs.
+    """
     hooks = (config_hooks or {}).get(name) or []
     if not hooks:
         return
@@ -27,7 +32,12 @@ def run(config_hooks: dict[str, Any] | None, name: str, state: dict[str, Any]) -
     try:
         posix.chdir(state["bundle"])
         for i, hook in enumerate(hooks):
-            _run_one(f"{name} hook #{i} ({hook['path']})", hook, state)
+            try:
+                _run_one(f"{name} hook #{i} ({hook['path']})", hook, state)
+            except HostError as error:
+                if failures is None:
+                    raise
+                failures.append(error.message)
     finally:
         posix.fchdir(before)
         posix.close(before)
@@ -41,10 +51,10 @@ def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
     for entry in hook.get("env") or []:
         key, _, value = entry.encode().partition(b"=")
         env[key] = value
-    read, write = posix.pipe2(posix.O_CLOEXEC)
+    stdin = as_stdin(state)
     out_read, out_write = posix.pipe2(posix.O_CLOEXEC)
     actions: list[tuple[Any, ...]] = [
-        (posix.POSIX_SPAWN_DUP2, read, 0),
+        (posix.POSIX_SPAWN_DUP2, stdin, 0),
         (posix.POSIX_SPAWN_DUP2, out_write, 1),
         (posix.POSIX_SPAWN_DUP2, out_write, 2),
     ]
@@ -56,17 +66,12 @@ def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
             hook["path"], args, env, file_actions=actions, setsigmask=[], setsigdef=[_SIGPIPE, _SIGXFSZ]
         )
     except OSError as error:
-        raise refused(f"{what}", error) from None
+        posix.close(out_read)
+        raise refused(what, error) from None
     finally:
-        posix.close(read)
+        posix.close(stdin)
         posix.close(out_write)
-    output = b""
     try:
-        try:
-            posix.write(write, jsonc.dumps(state).encode())
-        except BrokenPipeError:
-            pass  # a hook need not read its state
-        posix.close(write)
         output = _wait(what, pid, out_read, hook.get("timeout"))
     finally:
         posix.close(out_read)
@@ -75,6 +80,16 @@ def _run_one(what: str, hook: dict[str, Any], state: dict[str, Any]) -> None:
         words = output[-2048:].decode("utf-8", "replace").strip()
         how = f"exit status {status}" if status > 0 else f"signal {-status}"
         raise HostError(f"error executing {what}: {how}" + (f", output: {words}" if words else ""))
+
+
+def as_stdin(state: dict[str, Any]) -> int:
+    """A descriptor that gives a hook its state: a file, as a pipe is full after 64 KiB, and a hook need not read."""
+    fd = posix.memfd_create("state", posix.MFD_CLOEXEC)
+    raw = jsonc.dumps(state).encode()
+    while raw:
+        raw = raw[posix.write(fd, raw) :]
+    posix.lseek(fd, 0, 0)
+    return fd
 
 
 def _wait(what: str, pid: int, out: int, timeout: int | None) -> bytes:
@@ -98,8 +113,7 @@ def _wait(what: str, pid: int, out: int, timeout: int | None) -> bytes:
                 output = (output + chunk)[-65536:]
                 if not chunk:
                     poll.unregister(out)
-                continue  # a daemon the hook left behind may hold the pipe: the hook's own exit is what counts
             if pidfd in ready:
-                return output
+                return output  # not at the pipe's end: a daemon that the hook left behind may hold it, and write
     finally:
         posix.close(pidfd)

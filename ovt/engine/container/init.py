@@ -159,9 +159,9 @@ class Init:
             if index == TAPE_DONE:
                 done = True
             else:
-                pid = value
+                pid = self.pid = value
         posix.waitpid(self.spawned, 0)
-        self.pid = pid
+        self.spawned = pid  # the number of the reaped one may be another's by now
         return pid
 
     def reap(self) -> None:

@@ -36,7 +36,11 @@ def start(state: State) -> None:
     if hooks.get("startContainer"):
         from . import exec as exec_
 
-        exec_.run_start_hooks(state)
+        try:
+            exec_.run_start_hooks(state)
+        except (OSError, OvtError):
+            delete(state, force=True)
+            raise
     fifo = f"{state.path}/{FIFO}"
     try:
         fd = posix.open(fifo, posix.O_WRONLY | posix.O_NONBLOCK | posix.O_CLOEXEC)
@@ -65,8 +69,7 @@ def start(state: State) -> None:
 
         try:
             hooks_.run(hooks, "poststart", state.oci())
-        except OvtError:
-            kill(state, _SIGKILL)
+        except (OSError, OvtError):
             delete(state, force=True)
             raise
 
@@ -96,6 +99,8 @@ def kill(state: State, signal: int, everything: bool = False) -> None:
             return
     if status == STOPPED:
         raise StateError(f"container not running: {state.id}", "its process has ended; delete it")
+    if not state.pid:
+        raise StateError(f"container not running: {state.id} is being created")
     try:
         pidfd = posix.pidfd_open(state.pid, 0)
     except OSError as error:
@@ -121,6 +126,9 @@ def pause(state: State) -> None:
     status = state.status()
     if status not in (RUNNING, CREATED):
         raise StateError(f"cannot pause a container in the {status} state: container not running: {state.id}")
+    from . import plain
+
+    plain.forget(state)
     _cgroup(state, "pause").freeze()
 
 
@@ -140,8 +148,10 @@ def _cgroup(state: State, verb: str) -> Cgroup:
     return cgroup.restore(state.record["cgroup"])
 
 
-def delete(state: State, force: bool = False) -> None:
+def delete(state: State, force: bool = False) -> list[str]:
     """Remove everything the container had. A running one only with `force`, which kills it first.
+
+    Returns warnings: by the runtime-spec a poststop hook that fails is no reason to fail.
 
     Repeating an interrupted deletion is fine: each thing is removed if it is still there, the record last. Of a stopped
     container without hooks the same is done in ovt/launcher.c; plain.py says when.
@@ -180,10 +190,12 @@ def delete(state: State, force: bool = False) -> None:
         intel_rdt.remove(record["intelRdt"])
     stopped = {**state.oci(), "status": STOPPED, "pid": 0} if record["hooks"].get("poststop") else None
     state.remove()
+    warnings: list[str] = []
     if stopped:
         from . import hooks as hooks_
 
-        hooks_.run(record["hooks"], "poststop", stopped)
+        hooks_.run(record["hooks"], "poststop", stopped, warnings)
+    return warnings
 
 
 def _kill_and_wait(state: State) -> None:

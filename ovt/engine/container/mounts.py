@@ -94,13 +94,15 @@ def _open_source(mount: Mount, bundle: str, host_propagation: bool, userns_for: 
     _set_attributes(mount.tree, options)
     if options.idmap is not None or mount.config.get("uidMappings"):
         fd = userns_for(mount)
-        sc.mount_setattr(
-            mount.tree,
-            set_=sc.MOUNT_ATTR_IDMAP,
-            userns_fd=fd,
-            recursive=options.idmap_recursive or (options.recursive and options.idmap is None),
-        )
-        posix.close(fd)
+        try:
+            sc.mount_setattr(
+                mount.tree,
+                set_=sc.MOUNT_ATTR_IDMAP,
+                userns_fd=fd,
+                recursive=options.idmap_recursive or (options.recursive and options.idmap is None),
+            )
+        finally:
+            posix.close(fd)
     for flag, recursive in propagation:
         sc.mount_setattr(mount.tree, propagation=flag, recursive=recursive)
 

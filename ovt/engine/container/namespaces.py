@@ -10,6 +10,7 @@ from ovt.kernel import syscalls as sc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 FLAGS = {
@@ -59,11 +60,10 @@ class Namespaces:
             mask |= flag
         return mask
 
-    def open_joined(self) -> list[tuple[str, int, int]]:
+    def open_joined(self) -> Iterator[tuple[str, int, int]]:
         """Descriptors of the namespaces to join: (type, flag, fd). A path that is another kind is refused."""
         import fcntl
 
-        opened = []
         for kind, flag, path in self.joined:
             try:
                 fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
@@ -78,8 +78,7 @@ class Namespaces:
             if actual != flag:
                 posix.close(fd)
                 raise ConfigError("$.linux.namespaces", f"{path} is not a {kind} namespace")
-            opened.append((kind, flag, fd))
-        return opened
+            yield kind, flag, fd
 
 
 def write_maps(pid: int, uid_maps: list[dict[str, Any]], gid_maps: list[dict[str, Any]]) -> None:

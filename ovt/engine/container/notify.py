@@ -38,6 +38,15 @@ def prepare(state_path: str, config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "mounts": [*(config.get("mounts") or []), mount], "process": process}
 
 
+def expected(root: str, container_id: str) -> bool:
+    """True when `create` had a NOTIFY_SOCKET too: without its directory the container has nowhere to write to."""
+    try:
+        posix.stat(f"{root}/{container_id}/{DIRECTORY}")
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class Proxy:
     """`with Proxy(...)` binds the socket before the container starts; `wait_ready` returns after READY=1."""
 

@@ -33,6 +33,14 @@ def mark(state: State, process: dict[str, Any]) -> None:
         posix.close(fd)
 
 
+def forget(state: State) -> None:
+    """Remove it, before something that launcher.c does not look for: a frozen program would never take the byte."""
+    try:
+        posix.unlink(f"{state.path}/{PLAIN}")
+    except FileNotFoundError:
+        pass  # it never was, or this is not the first time
+
+
 def _removal(record: dict[str, Any]) -> bytes:
     cgroup = record["cgroup"] or {"manager": "cgroupfs", "made": True, "paths": {}}
     if record["hooks"].get("poststop") or record.get("netDevices") or record.get("intelRdt"):

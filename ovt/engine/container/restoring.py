@@ -15,8 +15,9 @@ from ovt.kernel import procfs
 from . import checkpoint as images
 from . import config as configs
 from . import lifecycle
-from .create import Request, begin, cgroup_record, write_pid_file
-from .state import PAUSED, RUNNING, State
+from .create import begin, cgroup_record
+from .request import Request
+from .state import PAUSED, RUNNING, State, write_pid_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -220,6 +220,7 @@ def _clone_root(path: str) -> int:
             hint = "the mount that holds it is unbindable"
         raise refused(f"open the rootfs {path}", error, hint) from None
     if not paths.is_directory(tree):
+        posix.close(tree)
         raise ConfigError("$.root.path", f"{path}: not a directory")
     return tree
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from ovt.kernel.cgroup import Cgroup
 
-    from .create import Request as CreateRequest
     from .exec import Request as ExecRequest
+    from .request import Request as CreateRequest
 
 
 class Runtime:
@@ -50,7 +50,8 @@ class Runtime:
     ) -> tuple[State, int]:
         """As `create`; also returns the master of the container's terminal, -1 without one."""
         from . import config as configs
-        from .create import Request, create
+        from .create import create
+        from .request import Request
 
         states.check_id(container_id)
         bundle = posix.getcwd() + "/" + bundle if not bundle.startswith("/") else bundle
@@ -116,8 +117,11 @@ class Runtime:
 
         lifecycle.resume(State.load(self.root, container_id))
 
-    def delete(self, container_id: str, force: bool = False) -> None:
-        """Remove a stopped container; with `force` any, and without complaint one that is not there."""
+    def delete(self, container_id: str, force: bool = False) -> builtins.list[str]:
+        """Remove a stopped container; with `force` any, and without complaint one that is not there.
+
+        Returns what its poststop hooks failed with; the container is gone all the same.
+        """
         from . import lifecycle
 
         try:
@@ -125,15 +129,16 @@ class Runtime:
         except NotFound:
             states.sweep(self.root, container_id)
             if force:
-                return
+                return []
             raise
         except OvtError:
             if not force:
                 raise
             lifecycle.delete_damaged(self.root, container_id)
-            return
-        lifecycle.delete(state, force)
+            return []
+        warnings = lifecycle.delete(state, force)
         states.sweep(self.root, container_id)
+        return warnings
 
     # questions
 

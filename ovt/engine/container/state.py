@@ -108,9 +108,9 @@ class State:
         if _exists(state.path):
             raise Conflict(f"container with given ID already exists: {container_id}")
         posix.mkdir(temporary, 0o700)
-        _write(f"{temporary}/{STATE}", jsonc.dumps(record))
-        _write(f"{temporary}/{TEMPLATE}", jsonc.dumps(template))
         try:
+            _write(f"{temporary}/{STATE}", jsonc.dumps(record))
+            _write(f"{temporary}/{TEMPLATE}", jsonc.dumps(template))
             posix.rename(temporary, state.path)  # onto an existing non-empty directory: ENOTEMPTY or EEXIST
         except OSError as error:
             remove_tree(temporary)
@@ -172,9 +172,9 @@ class State:
             return STOPPED
         if not self.record.get("ready"):
             return CREATING
-        if self.waiting():
-            return CREATED
-        return PAUSED if self.record.get("cgroup") and self._frozen() else RUNNING
+        if self.record.get("cgroup") and self._frozen():
+            return PAUSED
+        return CREATED if self.waiting() else RUNNING
 
     def _frozen(self) -> bool:
         from ovt.kernel import cgroup
@@ -268,4 +268,19 @@ def _write(path: str, text: str) -> None:
             raw = raw[posix.write(fd, raw) :]
     finally:
         posix.close(fd)
+    posix.rename(temporary, path)
+
+
+def write_pid_file(path: str, pid: int) -> None:
+    """The pid in digits, no newline (containerd parses the whole file as a number), replaced atomically."""
+    directory, _, name = path.rpartition("/")
+    temporary = f"{directory}/.{name}.{posix.getpid()}" if directory else f".{name}.{posix.getpid()}"
+    flags = posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC  # in /tmp, a link may lie in wait
+    try:
+        fd = posix.open(temporary, flags, 0o644)
+    except FileExistsError:
+        posix.unlink(temporary)
+        fd = posix.open(temporary, flags, 0o644)
+    posix.write(fd, str(pid).encode())
+    posix.close(fd)
     posix.rename(temporary, path)

@@ -7,6 +7,8 @@ from _struct import unpack
 
 from .console import TIOCGWINSZ, TIOCSWINSZ
 
+_PENDING = 128 << 10  # bytes; a terminal holds back less than this
+
 
 def own_size() -> dict[str, int] | None:
     """The size of the caller's terminal as a consoleSize, None if descriptor 0 is none.
@@ -62,6 +64,7 @@ def _copy(master: int, pid: int, wake: int) -> None:
     poll.register(0, select.POLLIN)
     pidfd = posix.pidfd_open(pid, 0)
     poll.register(pidfd, select.POLLIN)
+    last = 0  # bytes read since the end of the process
     try:
         while True:
             events = dict(poll.poll())
@@ -73,7 +76,9 @@ def _copy(master: int, pid: int, wake: int) -> None:
                 except OSError:  # EIO: the last user of the slave is gone
                     return
                 _write_all(1, data)
-                continue
+                last += len(data) if pidfd in events else 0
+                if last < _PENDING:
+                    continue  # others that write to the terminal may never come to an end
             if 0 in events:
                 data = posix.read(0, 65536)
                 if data:

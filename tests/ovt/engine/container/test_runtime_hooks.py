@@ -87,7 +87,7 @@ def test_namespaces(create: Create, bundle: Bundle, oci: Oci, note: Path) -> Non
     oci("delete", container.id, check=True)
     seen = {name: (note / name).read_text().split() for name in ALL}
     assert seen == {
-        "prestart": host, "createRuntime": host, "createContainer": [own[0], host[1]], "startContainer": own,
+        "prestart": host, "createRuntime": host, "createContainer": own, "startContainer": own,
         "poststart": host, "poststop": host,
     }  # fmt: skip
 
@@ -191,6 +191,6 @@ def test_an_annotation_does_not_send_output_to_host_files(create: Create, bundle
 def test_prestart_can_change_the_network(create: Create, bundle: Bundle, note: Path) -> None:
     """What CNI and netavark do by hook: the namespace of the process is there."""
     pid = "$(grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*')"
-    hooks = {"prestart": [shell(f"PATH=$PATH:/usr/sbin:/sbin nsenter -n -t {pid} ip link add veth-h type dummy")]}
+    hooks = {"prestart": [shell(f"PATH=$PATH:/usr/sbin:/sbin nsenter -n -t {pid} ip link add veth-h type veth peer name veth-p")]}
     container = create(place=hooked(bundle, note, hooks, "sleep", "1000")).start()
     assert "veth-h" in container.ask("ip", "link")
