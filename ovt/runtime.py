@@ -23,7 +23,7 @@ _SPEC_VERSION = "1.3.0"
 class Globals:
     """The options before the verb."""
 
-    __slots__ = ("cgroup_manager", "debug", "log", "log_format", "root", "systemd_cgroup")
+    __slots__ = ("cgroup_manager", "debug", "failure", "log", "log_format", "root", "systemd_cgroup")
 
     def __init__(self) -> None:
         self.root: str | None = None
@@ -32,6 +32,7 @@ class Globals:
         self.debug = False
         self.cgroup_manager = "cgroupfs"
         self.systemd_cgroup = False
+        self.failure = 1  # the exit status of a failure; exec has 255, to be told from the program's own
 
 
 _GLOBAL_VALUES = frozenset({"root", "log", "log-format", "cgroup-manager", "rootless", "criu", "log-level"})
@@ -86,18 +87,18 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(sys.argv[1:] if argv is None else argv, globals_)
     except OvtError as error:
         _complain(globals_, f"{error.message}" + (f" ({error.hint})" if error.hint else ""))
-        return 1
+        return globals_.failure
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _complain(globals_, f"{where}{posix.strerror(error.errno or 0).lower()}")
-        return 1
+        return globals_.failure
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         _complain(globals_, f"internal error: {type(error).__name__}: {error}")
         if globals_.debug:
             raise
-        return 1
+        return globals_.failure
 
 
 def _dispatch(args: list[str], globals_: Globals) -> int:

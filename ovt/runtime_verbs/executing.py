@@ -16,6 +16,7 @@ _MAX_ID = 2**32 - 1
 
 
 def exec_(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> int:
+    globals_.failure = 255
     engine = runtime(globals_)
     container_id = words[0]
     process = _process(engine.root, container_id, options, words[1:])

@@ -96,14 +96,18 @@ class Scene:
     def check_gone(self) -> None:
         """`delete --force` removes it all, and its name can be used again."""
         self.oci("list", check=True)
+        if self.state() is None:  # what is left then is for `ovt check` to find
+            assert self.entries() == set(usage.unrecorded(str(self.run_root)))
         self.oci("delete", "--force", self.id, check=True)
         assert self.state() is None
         assert leaks.left_behind(self.before) == []
         assert host_mounts() <= self.mounts
         assert usage.unrecorded(str(self.run_root)) == []
-        names = os.listdir(self.run_root) if self.run_root.exists() else []
-        assert [name for name in names if name not in (".seccomp",)] == []
+        assert self.entries() == set()
         self.oci("run", "-b", self.bundle_that_ends(), self.id, check=True)
+
+    def entries(self) -> set[str]:
+        return set(os.listdir(self.run_root)) - {".seccomp"} if self.run_root.exists() else set()
 
     def bundle_that_ends(self) -> Path:
         path = self.bundle / "config.json"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import leaks
 from tests.conftest import Oci
 
 WAITING = ("sleep", "1000")
@@ -43,9 +44,7 @@ class Container:
         return self
 
     def exec(self, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
-        return self.oci("exec", *arguments, **options) if "--" in arguments else self.oci(
-            "exec", self.id, *arguments, **options
-        )
+        return self.oci("exec", self.id, *arguments, **options)
 
     def ask(self, *arguments: str) -> str:
         """What a command prints in it; the exit status must be 0."""
@@ -55,8 +54,9 @@ class Container:
         return self.out.read_text()
 
     def stop(self) -> None:
+        """Kill it and wait for its end, which the zombies of its other processes, orphans of ours, would hold up."""
         self.oci("kill", self.id, "KILL", check=True)
-        wait_for(lambda: self.status == "stopped")
+        wait_for(lambda: leaks.reap() or self.status == "stopped")
 
     def cgroup(self, controller: str) -> Path:
         """Its directory in a v1 hierarchy, or in the unified one."""

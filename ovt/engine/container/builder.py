@@ -221,7 +221,7 @@ def _make_cwd(root: int, cwd: str) -> None:
 
 
 def _home(root: int, process: dict[str, Any]) -> str:
-    return home_of(root, (process.get("user") or {}).get("uid") or 0) if process.get("args") else ""
+    return paths.home_of(root, (process.get("user") or {}).get("uid") or 0) if process.get("args") else ""
 
 
 def _found(root: int, process: dict[str, Any], home: str) -> dict[str, Any]:
@@ -232,20 +232,3 @@ def _found(root: int, process: dict[str, Any], home: str) -> dict[str, Any]:
     if not program:
         raise PayloadError(why, 126 if "permission denied" in why else 127)
     return {"program": program, "home": home}
-
-
-def home_of(root: int, uid: int) -> str:
-    """The home directory of `uid` in the container's /etc/passwd, "/" when it has none; read by descriptor."""
-    try:
-        fd = paths.open_checked(root, "etc/passwd", posix.O_RDONLY | posix.O_NONBLOCK, 0o100000)
-    except OSError:
-        return "/"
-    try:
-        text = posix.read(fd, 1 << 20).decode("utf-8", "replace")
-    finally:
-        posix.close(fd)
-    for line in text.split("\n"):
-        fields = line.split(":")
-        if len(fields) >= 6 and fields[2] == str(uid):
-            return fields[5] or "/"
-    return "/"

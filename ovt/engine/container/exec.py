@@ -14,7 +14,6 @@ from ovt.kernel import procfs
 from ovt.kernel import syscalls as sc
 
 from . import console, paths, process, settle
-from .builder import home_of
 from .init import Init, above
 from .state import CREATED, PAUSED, RUNNING, State, write_pid_file
 from .tape import Tape
@@ -185,7 +184,7 @@ def _look_up(root: int, spec: dict[str, Any]) -> tuple[str, list[str]]:
     if not program:
         raise PayloadError(why, 126 if "permission denied" in why else 127)
     if not any(entry.startswith("HOME=") for entry in env):
-        env.append(f"HOME={home_of(root, (spec.get('user') or {}).get('uid') or 0)}")
+        env.append(f"HOME={paths.home_of(root, (spec.get('user') or {}).get('uid') or 0)}")
     return program, env
 
 

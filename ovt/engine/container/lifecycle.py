@@ -96,7 +96,7 @@ def kill(state: State, signal: int, everything: bool = False) -> None:
         group = cgroup.restore(state.record["cgroup"])
         if status != STOPPED or group.pids():
             group.kill(signal)
-            return
+        return  # nobody left is no error, as runc has it: containerd sends this after the end
     if status == STOPPED:
         raise StateError(f"container not running: {state.id}", "its process has ended; delete it")
     if not state.pid:

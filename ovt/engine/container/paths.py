@@ -191,3 +191,20 @@ def find_program(root: int, name: str, cwd: str, env: list[str]) -> tuple[str, s
         else:
             return candidate, ""
     return "", why
+
+
+def home_of(root: int, uid: int) -> str:
+    """The home directory of `uid` in the container's /etc/passwd, "/" when it has none; read by descriptor."""
+    try:
+        fd = open_checked(root, "etc/passwd", posix.O_RDONLY | posix.O_NONBLOCK, 0o100000)
+    except OSError:
+        return "/"
+    try:
+        text = posix.read(fd, 1 << 20).decode("utf-8", "replace")
+    finally:
+        posix.close(fd)
+    for line in text.split("\n"):
+        fields = line.split(":")
+        if len(fields) >= 6 and fields[2] == str(uid):
+            return fields[5] or "/"
+    return "/"

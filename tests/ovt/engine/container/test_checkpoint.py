@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ovt.engine.container import checkpoint, criu, init, restoring
-from ovt.engine.container.create import Request
+from ovt.engine.container.request import Request
 from ovt.engine.container.runtime import Runtime
 from ovt.engine.container.state import State
 from ovt.errors import ConfigError, HostError, NotFound, OvtError, StateError, UsageError
