@@ -20,9 +20,7 @@ def run(oci: Oci, bundle: Bundle, container_id: str) -> Run:
 
     def call(*arguments: str, flags: tuple[object, ...] = (), **options: Any) -> str:
         place = bundle(*arguments, config=options.pop("config", None), edit=options.pop("edit", None))
-        return oci(
-            "run", *flags, "-b", place, f"{container_id}-{next(numbers)}", check=True, **options
-        ).stdout.strip()
+        return oci("run", *flags, "-b", place, f"{container_id}-{next(numbers)}", check=True, **options).stdout.strip()
 
     return call
 

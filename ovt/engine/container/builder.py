@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 _SIGKILL = 9
-_LIMIT = 128 << 10
+_LIMIT = 128 << 10  # bytes of a message
 
 
 class Job:
@@ -128,6 +128,8 @@ def _main(job: Job, channel: socket) -> None:
         message = {"error": error.message, "errno": getattr(error, "errno", 0), "hint": error.hint}
     except BaseException as error:  # a fault of ours; tell it in one line, a traceback would read files
         message = {"error": f"internal error: {type(error).__name__}: {error}", "errno": 0, "hint": "please report it"}
+    if "error" in message:
+        message["error"] = message["error"][: _LIMIT // 16]  # a program's name can be longer than a message
     ancillary = [(SOL_SOCKET, SCM_RIGHTS, pack(f"{len(fds)}i", *fds))] if fds else []
     try:
         channel.sendmsg([jsonc.dumps(message).encode()], ancillary)

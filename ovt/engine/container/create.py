@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _O_RDWR_NEW = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
 _CAP_SYS_ADMIN = 21
+_RLIMIT_NOFILE = 7
+_MANY = 150  # bind mounts, each of them a descriptor for a while: often no more than 1024 are allowed
 
 
 def create(root: str, container_id: str, config: dict[str, Any], request: Request) -> tuple[State, int]:
@@ -91,6 +93,7 @@ class _Creation:
         self.network = -1  # the namespace that NICs were moved to: it must not end before they are back
         self.open: list[int] = []  # ours, closed at the end
         self.master = -1
+        self.file_limit: tuple[int, int] | None = None  # ours as it was, where it had to be raised
         self.hooked = False  # hooks have been run, so that those of poststop are due in any case
 
     def run(self) -> tuple[State, int]:
@@ -102,6 +105,8 @@ class _Creation:
         finally:
             for fd in self.open:
                 posix.close(fd)
+            if self.file_limit:
+                sc.prlimit(0, _RLIMIT_NOFILE, *self.file_limit)
         return self.state, self.master
 
     # the way there
@@ -252,6 +257,11 @@ class _Creation:
             userns_for=lambda mount: self._user_namespace_for(mount, init.pid),
             overlay=self.request.overlay,
         )
+        if len(rootfs.mounts) > _MANY:
+            import resource
+
+            self.file_limit = _, hard = resource.getrlimit(_RLIMIT_NOFILE)
+            sc.prlimit(0, _RLIMIT_NOFILE, hard, hard)
         if sc.capget() >> _CAP_SYS_ADMIN & 1:
             try:
                 rootfs.open()
@@ -398,18 +408,17 @@ class _Creation:
     def _publish(self, built: Built) -> None:
         self.record["ready"] = True
         self.record["cgroup"] = cgroup_record(self.cgroup)
-        if built.master >= 0:
-            if self.request.console_socket:
-                from . import console
+        if built.master >= 0 and self.request.console_socket:
+            from . import console
 
-                console.send_master(self.request.console_socket, built.master)
-            elif self.request.want_terminal:
-                self.open.remove(built.master)
-                self.master = built.master
+            console.send_master(self.request.console_socket, built.master)
         self.state.save()
         plain.mark(self.state, self.process)
         if self.request.pid_file:
             write_pid_file(self.request.pid_file, self.state.pid)
+        if built.master >= 0 and self.request.want_terminal:
+            self.open.remove(built.master)
+            self.master = built.master
 
     # the way back
 

@@ -140,13 +140,12 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
             init.wait(tape, end_is_success=True)
         except OSError as error:
             raise PayloadError(f"{error.filename}: {(error.strerror or '').lower()}", 126) from None
-        if master >= 0:
-            if request.console_socket:
-                console.send_master(request.console_socket, master)
-            elif request.want_terminal:
-                opened.remove(master)
+        if master >= 0 and request.console_socket:
+            console.send_master(request.console_socket, master)
         if request.pid_file:
             write_pid_file(request.pid_file, pid)
+        if master >= 0 and request.want_terminal:
+            opened.remove(master)
         done = True
         return pid, master if request.want_terminal else -1
     finally:

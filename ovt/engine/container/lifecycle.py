@@ -11,7 +11,7 @@ from errno import ENOENT, ENXIO, ESRCH
 from ovt.errors import HostError, NotFound, OvtError, PayloadError, StateError
 from ovt.kernel import procfs
 
-from .state import CREATED, FIFO, PAUSED, RUNNING, START_ERROR, STOPPED, State, check_id, remove_tree
+from .state import CREATED, FIFO, PAUSED, PLAIN, RUNNING, START_ERROR, STOPPED, State, check_id, remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,9 +94,12 @@ def kill(state: State, signal: int, everything: bool = False) -> None:
         from ovt.kernel import cgroup
 
         group = cgroup.restore(state.record["cgroup"])
-        if status != STOPPED or group.pids():
+        if group.pids():
             group.kill(signal)
-        return  # nobody left is no error, as runc has it: containerd sends this after the end
+            return
+        if status == STOPPED:
+            return  # nobody left is no error, as runc has it: containerd sends this after the end
+        # a normal user's container has stayed in the cgroup of its caller
     if status == STOPPED:
         raise StateError(f"container not running: {state.id}", "its process has ended; delete it")
     if not state.pid:
@@ -130,6 +133,16 @@ def pause(state: State) -> None:
 
     plain.forget(state)
     _cgroup(state, "pause").freeze()
+    if status == CREATED:
+        _forget_plain(state)
+
+
+def _forget_plain(state: State) -> None:
+    """Leave `start` to this module, which looks whether the container is frozen; launcher.c would wait for ever."""
+    try:
+        posix.unlink(f"{state.path}/{PLAIN}")
+    except FileNotFoundError:
+        pass  # it was not plain
 
 
 def resume(state: State) -> None:

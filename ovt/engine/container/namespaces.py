@@ -78,6 +78,14 @@ class Namespaces:
             if actual != flag:
                 posix.close(fd)
                 raise ConfigError("$.linux.namespaces", f"{path} is not a {kind} namespace")
+            if kind == "mount" and posix.fstat(fd)[1:3] == posix.stat("/proc/self/ns/mnt")[1:3]:
+                posix.close(fd)
+                # pivot_root(2) would exchange the root of every process of the host
+                raise ConfigError(
+                    "$.linux.namespaces",
+                    f"{path} is the mount namespace of the runtime itself",
+                    "leave the mount namespace out to share the host's",
+                )
             yield kind, flag, fd
 
 

@@ -12,6 +12,7 @@ from ovt.kernel import syscalls as sc
 
 O_PATH = sc.O_PATH
 _DIRECTORY = posix.O_DIRECTORY
+_PATH_MAX = 4096
 _S_IFMT, _S_IFDIR, _S_IFREG = 0o170000, 0o040000, 0o100000
 
 
@@ -206,5 +207,5 @@ def home_of(root: int, uid: int) -> str:
     for line in text.split("\n"):
         fields = line.split(":")
         if len(fields) >= 6 and fields[2] == str(uid):
-            return fields[5] or "/"
+            return fields[5] if 0 < len(fields[5]) < _PATH_MAX else "/"
     return "/"

@@ -161,8 +161,12 @@ def parse_cpus(text: str) -> set[int]:
 
 def set_affinity(pid: int, cpus: str | None) -> None:
     """sched_setaffinity for execCPUAffinity's `initial` or `final`."""
-    if cpus:
+    if not cpus:
+        return
+    try:
         posix.sched_setaffinity(pid, parse_cpus(cpus))
+    except OSError as error:
+        raise refused(f"set execCPUAffinity {cpus}", error, "are these CPUs there, and in the cpuset?") from None
 
 
 class Final:

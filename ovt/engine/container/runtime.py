@@ -161,11 +161,13 @@ class Runtime:
     def pids(self, container_id: str) -> builtins.list[int]:
         """All processes of the container, as the host numbers them."""
         state = State.load(self.root, container_id)
+        init = [state.pid] if state.alive() else []
         if not state.record.get("cgroup"):
-            return [state.pid] if state.alive() else []
+            return init
         from ovt.kernel import cgroup
 
-        return cgroup.restore(state.record["cgroup"]).pids()
+        # empty where a normal user may not make cgroups
+        return cgroup.restore(state.record["cgroup"]).pids() or init
 
     def stats(self, container_id: str) -> dict[str, Any]:
         """The `data` object of `events --stats`."""

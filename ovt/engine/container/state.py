@@ -281,6 +281,11 @@ def write_pid_file(path: str, pid: int) -> None:
     except FileExistsError:
         posix.unlink(temporary)
         fd = posix.open(temporary, flags, 0o644)
-    posix.write(fd, str(pid).encode())
-    posix.close(fd)
-    posix.rename(temporary, path)
+    try:
+        posix.write(fd, str(pid).encode())
+        posix.rename(temporary, path)
+    except OSError:
+        posix.unlink(temporary)
+        raise
+    finally:
+        posix.close(fd)

@@ -27,8 +27,8 @@ def process_file(tmp_path: Path, *arguments: str, **entries: Any) -> Path:
 
 def test_directory_environment_and_user(container: Container) -> None:
     done = container.oci(
-        "exec", "--cwd", "/var", "--env", "A=1", "-e", "B=2", "--user", "1000:1001", "-g", "5", "--additional-gids", "6",
-        container.id, "sh", "-c", "pwd; echo $A$B; id -u; id -g; id -G", check=True,
+        "exec", "--cwd", "/var", "--env", "A=1", "-e", "B=2", "--user", "1000:1001", "-g", "5",
+        "--additional-gids", "6", container.id, "sh", "-c", "pwd; echo $A$B; id -u; id -g; id -G", check=True,
     )  # fmt: skip
     assert done.stdout.split("\n") == ["/var", "12", "1000", "1001", "1001 5 6", ""]
 

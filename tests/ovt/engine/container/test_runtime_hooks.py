@@ -15,7 +15,6 @@ BEFORE = ["prestart", "createRuntime", "createContainer"]
 ALL = [*BEFORE, "startContainer", "poststart", "poststop"]
 
 
-
 @pytest.fixture
 def note(tmp_path: Path) -> Path:
     """Where hooks write; the directory also exists in the containers."""
@@ -191,6 +190,10 @@ def test_an_annotation_does_not_send_output_to_host_files(create: Create, bundle
 def test_prestart_can_change_the_network(create: Create, bundle: Bundle, note: Path) -> None:
     """What CNI and netavark do by hook: the namespace of the process is there."""
     pid = "$(grep -o '\"pid\": *[0-9]*' | grep -o '[0-9]*')"
-    hooks = {"prestart": [shell(f"PATH=$PATH:/usr/sbin:/sbin nsenter -n -t {pid} ip link add veth-h type veth peer name veth-p")]}
+    hooks = {
+        "prestart": [
+            shell(f"PATH=$PATH:/usr/sbin:/sbin nsenter -n -t {pid} ip link add veth-h type veth peer name veth-p")
+        ]
+    }
     container = create(place=hooked(bundle, note, hooks, "sleep", "1000")).start()
     assert "veth-h" in container.ask("ip", "link")

@@ -162,7 +162,7 @@ def test_a_mount_of_the_host_arrives_in_a_slave(create: Create, shared: Path) ->
 
 def test_what_the_container_mounts_stays_inside(create: Create, shared: Path) -> None:
     admin = ["CAP_SYS_ADMIN"]
-    capabilities = {name: admin for name in ("bounding", "effective", "permitted")}
+    capabilities = dict.fromkeys(("bounding", "effective", "permitted"), admin)
     container = create(
         *WAITING, config={"process": {"capabilities": capabilities}}, edit=with_mounts(bind(shared, "/mnt", "rbind"))
     ).start()

@@ -29,14 +29,14 @@ def in_user_namespace(config: dict[str, Any]) -> None:
     config["linux"] |= MAPS
 
 
-
 @pytest.fixture
 def donor() -> Iterator[int]:
     """A process that has every kind of namespace of its own, the user namespace mapped one to one."""
     kinds = ["--net", "--ipc", "--uts", "--cgroup", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     with subprocess.Popen(
         ["unshare", *kinds, "--time", "busybox", "sh", "-c", "hostname donor; echo; exec sleep 1000"],
-        stdout=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout
         process.stdout.readline()

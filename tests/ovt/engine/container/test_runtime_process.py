@@ -13,7 +13,13 @@ from tests.conftest import Bundle, Oci
 from tests.ovt.live import WAITING, Create, Run, namespaces, refused, wait_for
 
 pytestmark = pytest.mark.root
-SETS = {"CapInh": "inheritable", "CapPrm": "permitted", "CapEff": "effective", "CapBnd": "bounding", "CapAmb": "ambient"}
+SETS = {
+    "CapInh": "inheritable",
+    "CapPrm": "permitted",
+    "CapEff": "effective",
+    "CapBnd": "bounding",
+    "CapAmb": "ambient",
+}
 CHOWN, KILL, NET = 1 << 0, 1 << 5, 1 << 12
 
 
@@ -51,7 +57,7 @@ def test_capabilities_of_root(run: Run, no_new_privs: bool) -> None:
 
 
 def test_capabilities_of_a_user_are_the_ambient_ones(run: Run) -> None:
-    sets = dict.fromkeys(SETS.values(), ["CAP_CHOWN", "CAP_KILL"]) | {"ambient": ["CAP_KILL"]}
+    sets = {key: ["CAP_CHOWN", "CAP_KILL"] for key in SETS.values()} | {"ambient": ["CAP_KILL"]}
     seen = capabilities(run, sets, user={"uid": 1000, "gid": 1000})
     assert (seen["effective"], seen["permitted"], seen["ambient"]) == (KILL, KILL, KILL)
     assert seen["bounding"] == seen["inheritable"] == CHOWN | KILL
@@ -64,7 +70,7 @@ def test_a_user_without_ambient_capabilities_has_none(run: Run) -> None:
 
 
 def test_no_capabilities_at_all(run: Run) -> None:
-    assert set(capabilities(run, dict.fromkeys(SETS.values(), [])).values()) == {0}
+    assert set(capabilities(run, {key: [] for key in SETS.values()}).values()) == {0}
 
 
 @pytest.mark.parametrize(("value", "seen"), [(True, "1"), (False, "0")])

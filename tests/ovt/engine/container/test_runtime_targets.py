@@ -29,9 +29,7 @@ def output(create: Create, place: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("destination", ["/new", "/new/deep/er", "/etc/./x/../passwd"])
-def test_a_file_on_a_target_that_may_be_missing(
-    create: Create, bundle: Bundle, source: Path, destination: str
-) -> None:
+def test_a_file_on_a_target_that_may_be_missing(create: Create, bundle: Bundle, source: Path, destination: str) -> None:
     place = bundle("cat", destination.replace("/./x/..", ""), edit=with_mounts(bind(source / "file", destination)))
     assert output(create, place) == ["of the host"]
 
@@ -118,12 +116,11 @@ def test_a_link_on_the_way_is_followed_in_the_root(create: Create, bundle: Bundl
 
 
 @pytest.mark.parametrize("name", ["sys", "1", "version"])
-def test_nothing_is_mounted_inside_proc(
-    oci: Oci, bundle: Bundle, container_id: str, source: Path, name: str
-) -> None:
+def test_nothing_is_mounted_inside_proc(oci: Oci, bundle: Bundle, container_id: str, source: Path, name: str) -> None:
     kind = "file" if name == "version" else "dir"
     place = bundle(edit=with_mounts(bind(source / kind, f"/proc/{name}")))
-    assert f"/proc/{name} cannot be mounted because it is inside /proc" in refused(oci("run", "-b", place, container_id))
+    message = refused(oci("run", "-b", place, container_id))
+    assert f"/proc/{name} cannot be mounted because it is inside /proc" in message
 
 
 def test_files_that_lxcfs_provides_may_be(create: Create, bundle: Bundle, source: Path) -> None:
