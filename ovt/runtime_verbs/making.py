@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posix
 
-from ovt.errors import OvtError, UsageError
+from ovt.errors import UsageError
 from ovt.runtime import Globals, warn
 from ovt.runtime_verbs import number, value
 from ovt.runtime_verbs.verbs import runtime
@@ -66,7 +66,7 @@ def run(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> i
     try:
         try:
             engine.start(container_id)
-        except OvtError:
+        except BaseException:
             engine.delete(container_id, force=True)
             raise
         if detach:

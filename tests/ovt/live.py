@@ -56,7 +56,12 @@ class Container:
     def stop(self) -> None:
         """Kill it and wait for its end, which the zombies of its other processes, orphans of ours, would hold up."""
         self.oci("kill", self.id, "KILL", check=True)
-        wait_for(lambda: leaks.reap() or self.status == "stopped")
+
+        def ended() -> bool:
+            leaks.reap()
+            return self.status == "stopped"
+
+        wait_for(ended)
 
     def cgroup(self, controller: str) -> Path:
         """Its directory in a v1 hierarchy, or in the unified one."""

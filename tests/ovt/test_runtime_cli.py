@@ -197,7 +197,7 @@ def test_features(oci: Oci) -> None:
 def test_listen_fds(runtime: Path, run_root: Path, bundle: Bundle, container_id: str, tmp_path: Path) -> None:
     (tmp_path / "passed").write_text("passed\n")
     place = bundle("sh", "-c", "echo $LISTEN_FDS $LISTEN_PID; cat <&3; ls /proc/self/fd")
-    inherit = ["sh", "-c", 'exec 3< "$0" 4< "$0"; exec "$@"', tmp_path / "passed"]
+    inherit: list[str | Path] = ["sh", "-c", 'exec 3< "$0" 4< "$0"; exec "$@"', tmp_path / "passed"]
     done = subprocess.run([*inherit, runtime, "--root", run_root, "run", "-b", place, container_id], text=True,
                           env={**BARE, "LISTEN_FDS": "1"}, capture_output=True, check=True)  # fmt: skip
     assert done.stdout.split() == ["1", "1", "passed", "0", "1", "2", "3", "4"]
@@ -209,7 +209,7 @@ def test_no_other_descriptor_is_inherited(run: Run, tmp_path: Path) -> None:
 
 
 def test_descriptors_that_were_closed(runtime: Path, run_root: Path, bundle: Bundle, container_id: str) -> None:
-    command = [runtime, "--root", run_root, "run", "-b", bundle("ls", "/proc/self/fd"), container_id]
+    command: list[str | Path] = [runtime, "--root", run_root, "run", "-b", bundle("ls", "/proc/self/fd"), container_id]
     done = subprocess.run(["sh", "-c", '"$@" 0<&- 2>&-', "sh", *command], capture_output=True, text=True, check=True)
     assert done.stdout.split()[:3] == ["0", "1", "2"]
 

@@ -60,7 +60,7 @@ class _Creation:
         self.linux: dict[str, Any] = config.get("linux") or {}
         self.process: dict[str, Any] = config.get("process") or {}
         self.ns = namespaces.Namespaces(config)
-        self.user_namespace = namespaces.has_user_namespace(self.ns.mask)
+        self.user_namespace = bool(self.ns.mask & sc.CLONE_NEWUSER)
         self.cgroup = cgroups.new(
             self.linux.get("cgroupsPath") or "",
             container_id,
@@ -253,6 +253,7 @@ class _Creation:
         rootfs = Rootfs(
             self.config,
             self.request.bundle,
+            self.record["rootfs"],
             user_namespace=self.user_namespace,
             userns_for=lambda mount: self._user_namespace_for(mount, init.pid),
             overlay=self.request.overlay,
@@ -458,4 +459,4 @@ def _setgroups_denied(pid: int) -> bool:
 
 
 def _absolute(path: str, bundle: str) -> str:
-    return path if path.startswith("/") else f"{bundle}/{path}".rstrip("/")
+    return path if path.startswith("/") else f"{bundle}/{path}".rstrip("/") or "/"

@@ -11,7 +11,7 @@ from errno import ENOENT, ENXIO, ESRCH
 from ovt.errors import HostError, NotFound, OvtError, PayloadError, StateError
 from ovt.kernel import procfs
 
-from .state import CREATED, FIFO, PAUSED, PLAIN, RUNNING, START_ERROR, STOPPED, State, check_id, remove_tree
+from .state import CREATED, FIFO, PAUSED, RUNNING, START_ERROR, STOPPED, State, check_id, remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -133,16 +133,6 @@ def pause(state: State) -> None:
 
     plain.forget(state)
     _cgroup(state, "pause").freeze()
-    if status == CREATED:
-        _forget_plain(state)
-
-
-def _forget_plain(state: State) -> None:
-    """Leave `start` to this module, which looks whether the container is frozen; launcher.c would wait for ever."""
-    try:
-        posix.unlink(f"{state.path}/{PLAIN}")
-    except FileNotFoundError:
-        pass  # it was not plain
 
 
 def resume(state: State) -> None:

@@ -41,6 +41,7 @@ class Mount:
         "link",
         "path",
         "config",
+        "userns",
     )
 
     def __init__(self, config: dict[str, Any], path: str) -> None:
@@ -56,6 +57,7 @@ class Mount:
         self.tree = -1
         self.inside_errno = 0  # procfs only: why the container's process could not mount it
         self.is_directory = True
+        self.userns = -1  # of a new filesystem to be id-mapped
         self.link: str | None = None  # copy-symlink: the text of the link to make
 
     def failed(self, error: OSError, doing: str = "mount") -> OvtError:
@@ -70,10 +72,14 @@ class Mount:
 def open_sources(mounts: list[Mount], bundle: str, host_propagation: bool, userns_for: UserNamespaceFor) -> None:
     """Clone the sources of all bind mounts from the caller's mount namespace, detached and with their attributes."""
     for mount in mounts:
-        if not mount.options.bind or mount.options.remount:
+        if mount.options.remount:
             continue
         try:
-            _open_source(mount, bundle, host_propagation, userns_for)
+            if mount.options.bind:
+                _open_source(mount, bundle, host_propagation, userns_for)
+            elif mount.options.idmap or mount.config.get("uidMappings"):
+                # a bare `idmap` asks for the container's mappings, with which its own filesystems are born
+                mount.userns = userns_for(mount)
         except OSError as error:
             raise mount.failed(error) from None
 
@@ -188,6 +194,8 @@ def _attach(mount: Mount, root: int, label: tuple[str, str] | None) -> int:
 
             copy_up(target, mount.tree, {word.partition("=")[0] for word in options.data})
             _set_attributes(mount.tree, options)
+        if mount.userns >= 0:
+            sc.mount_setattr(mount.tree, sc.MOUNT_ATTR_IDMAP, userns_fd=mount.userns)
         sc.move_mount(mount.tree, target)
     finally:
         posix.close(target)

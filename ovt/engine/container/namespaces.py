@@ -23,16 +23,6 @@ FLAGS = {
     "cgroup": sc.CLONE_NEWCGROUP,
     "time": sc.CLONE_NEWTIME,
 }
-PROC_NAMES = {
-    "user": "user",
-    "mount": "mnt",
-    "network": "net",
-    "ipc": "ipc",
-    "uts": "uts",
-    "pid": "pid",
-    "cgroup": "cgroup",
-    "time": "time",
-}
 _NS_GET_NSTYPE = 0xB703
 
 
@@ -141,8 +131,3 @@ def _run_helper(helper: str, pid: int, maps: list[dict[str, Any]]) -> None:
             )
         return
     raise HostError(f"{helper} is not installed", hint="apt-get install uidmap")
-
-
-def has_user_namespace(mask: int) -> bool:
-    """True when `mask` holds a user namespace of the container's own."""
-    return bool(mask & sc.CLONE_NEWUSER)

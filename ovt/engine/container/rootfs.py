@@ -40,6 +40,7 @@ class Rootfs:
         self,
         config: dict[str, Any],
         bundle: str,
+        path: str,
         *,
         user_namespace: bool,
         userns_for: mounts.UserNamespaceFor,
@@ -48,7 +49,7 @@ class Rootfs:
         linux = config.get("linux") or {}
         self.config = config
         self.linux = linux
-        self.path = _rootfs_path(config, bundle)
+        self.path = path
         self.user_namespace = user_namespace
         self._bundle = bundle
         self._userns_for = userns_for
@@ -84,7 +85,9 @@ class Rootfs:
 
     def descriptors(self) -> list[int]:
         """Everything this object holds open, for the caller to close once the builder is done."""
-        fds = [self.tree, self.null, *(mount.tree for mount in self.mounts), *(self.host_nodes or {}).values()]
+        fds = [self.tree, self.null, *(self.host_nodes or {}).values()]
+        for mount in self.mounts:
+            fds += [mount.tree, mount.userns]
         return [fd for fd in fds if fd >= 0]
 
     def _label(self) -> tuple[str, str] | None:
@@ -200,13 +203,6 @@ class Rootfs:
             raise refused(f"mask {path}", error) from None
         finally:
             posix.close(fd)
-
-
-def _rootfs_path(config: dict[str, Any], bundle: str) -> str:
-    path: str = (config.get("root") or {}).get("path") or ""
-    if not path.startswith("/"):
-        path = f"{bundle}/{path}" if path else bundle
-    return path
 
 
 def _clone_root(path: str) -> int:

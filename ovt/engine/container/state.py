@@ -200,7 +200,8 @@ class State:
 def sweep(root: str, container_id: str) -> None:
     """Remove what a `make` or `remove` of this name left behind when it was killed half way."""
     path = f"{root}/{container_id}"
-    if not _exists(f"{path}/{STATE}"):
+    # not there at all: what may appear now is another's new container
+    if _exists(path) and not _exists(f"{path}/{STATE}"):
         remove_tree(path)
     prefix = f".{container_id[:200]}."
     try:

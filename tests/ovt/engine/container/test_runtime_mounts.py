@@ -222,6 +222,22 @@ def test_id_mapped_in_the_words_of_crun(run: Run, source: Path) -> None:
     assert run("stat", "-c", "%u %g", "/mnt/file", edit=with_mounts(mount)) == "1000 2000"
 
 
+def test_an_id_mapped_tmpfs(run: Run) -> None:
+    options = ["mode=777", "idmap=uids=0-1000-10;gids=0-2000-10"]
+    mount = {"type": "tmpfs", "source": "none", "destination": "/mnt", "options": options}
+    user = {"process": {"user": {"uid": 1003, "gid": 2004}}}
+    out = run(
+        "sh", "-c", "stat -c %u:%g /mnt; touch /mnt/x; stat -c %u:%g /mnt/x", config=user, edit=with_mounts(mount)
+    )
+    assert out.split() == ["1000:2000", "1003:2004"]
+
+
+def test_a_filesystem_that_cannot_be_id_mapped(oci: Oci, bundle: Bundle, container_id: str) -> None:
+    options = ["idmap=uids=0-1000-10;gids=0-2000-10"]
+    mount = {"type": "sysfs", "source": "sysfs", "destination": "/mnt", "options": options}
+    assert "invalid argument" in refused(oci("run", "-b", bundle(edit=with_mounts(mount)), container_id))
+
+
 def test_id_mapped_recursively(run: Run, nested: Path) -> None:
     once = bind(nested, "/once", "rbind", "idmap=uids=0-1000-10;gids=0-1000-10")
     every = bind(nested, "/every", "rbind", "ridmap=uids=0-1000-10;gids=0-1000-10")

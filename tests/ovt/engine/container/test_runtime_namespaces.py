@@ -145,7 +145,11 @@ def test_time_offsets(run: Run) -> None:
 
 
 def test_exec_is_in_all_of_them(create: Create) -> None:
-    container = create(*WAITING, edit=lambda config: (in_user_namespace(config), namespaces(config, time=""))).start()
+    def every(config: dict[str, Any]) -> None:
+        in_user_namespace(config)
+        namespaces(config, time="")
+
+    container = create(*WAITING, edit=every).start()
     names = ["pid", "net", "ipc", "uts", "mnt", "cgroup", "time", "user"]
     seen = container.ask("sh", "-c", f"for n in {' '.join(names)}; do readlink /proc/self/ns/$n; done").split()
     assert seen == [namespace_of(container.pid, name) for name in names]
@@ -159,3 +163,13 @@ def test_without_a_mount_namespace_the_root_is_entered(run: Run) -> None:
         config["root"]["readonly"] = False
 
     assert run("cat", "/etc/passwd", edit=none).startswith("root:x:0:0:root:/root:/bin/sh")
+
+
+def test_a_tmpfs_that_is_writable_in_a_user_namespace(run: Run) -> None:
+    """The filesystems of the container's own mount namespace belong to its root."""
+    assert run("sh", "-c", "touch /dev/shm/x; stat -c %u /dev/shm/x", edit=in_user_namespace) == "0"
+
+
+def test_proc_of_the_own_pid_namespace_and_that_of_the_host(run: Run) -> None:
+    assert run("cat", "/proc/1/comm") == "cat"
+    assert run("cat", "/proc/1/comm", edit=edit(pid=None)) == Path("/proc/1/comm").read_text().strip()
