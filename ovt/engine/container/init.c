@@ -27,7 +27,7 @@ typedef long i64;
 
 enum { IMMEDIATE, POINTER, RESULT, DESCRIPTOR };
 enum { IGNORE_ERROR = 1, PARENT_ENDS = 2, SKIP_IF_OK = 4 };
-enum { REPORT = -1, CHECK_BYTE = -2, STORE32 = -3, REPORT_TO = -4 };
+enum { REPORT = -1, CHECK_BYTE = -2, REPORT_TO = -3 };
 
 struct op {
 	i32 number;   /* system call, or one of the negative operations */
@@ -162,9 +162,6 @@ static void play(struct op *ops, u32 count, u8 *blob)
 		case CHECK_BYTE:
 			if (*(u8 *)a[0] != a[1])
 				r = -(i64)a[2];
-			break;
-		case STORE32:
-			*(u32 *)a[0] = a[1];
 			break;
 		case REPORT_TO:
 			sync_fd = a[0];

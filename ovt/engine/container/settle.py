@@ -29,7 +29,7 @@ def join_keyring(tape: Tape, container_id: str) -> None:
 def open_procfs(tape: Tape, data: list[str]) -> None:
     """A detached procfs of the pid namespace that plays the tape; reported are the result of its making, and its
     descriptor, minus errno on failure."""
-    context = tape.call("fsopen proc", "fsopen", tape.text("proc"), sc.FSOPEN_CLOEXEC, flags=IGNORE_ERROR)
+    context = tape.call("fsopen proc", "fsopen", tape.text("proc"), sc.FSOPEN_CLOEXEC)
     for word in data:
         key, equals, value = word.partition("=")
         what = f"mount proc: option {word!r}"

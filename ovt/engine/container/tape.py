@@ -7,6 +7,7 @@ The numbers are those of the Linux system call tables of x86_64 and of the gener
 
 import posix
 from _struct import Struct, pack, pack_into
+from errno import E2BIG
 
 from ovt.kernel.syscalls import CLONE_INTO_CGROUP
 
@@ -16,8 +17,8 @@ PARENT_ENDS = 2
 SKIP_IF_OK = 4
 _REPORT = -1
 _CHECK_BYTE = -2
-_STORE32 = -3
-_REPORT_TO = -4
+_REPORT_TO = -3
+_LONGEST = 16 << 20
 
 TAPE_DONE = 0xFFFFFFFF
 REPORTED = 0xFFFFFFFD
@@ -151,10 +152,6 @@ class Tape:
         """Fail with `errno` unless the byte at `at` is `expected`."""
         self._add(what, _CHECK_BYTE, 0, 0, (at, expected, errno))
 
-    def store32(self, at: Pointer, value: Argument) -> None:
-        """Store a 32-bit value that is only known at play time."""
-        self._add("store", _STORE32, 0, 0, (at, value))
-
     def clone(self, what: str, flags: int, cgroup_fd: int = -1) -> None:
         """clone3(2): the parent reports the child's pid (in its own pid namespace) and ends; the child plays on.
 
@@ -169,7 +166,9 @@ class Tape:
         self.call(what, "execve", self.text(path), self.vector(args), self.vector(env))
 
     def encode(self) -> bytes:
-        """The tape as ovt-init reads it."""
+        """The tape as ovt-init reads it; OSError (E2BIG) beyond the 16 MiB that it takes."""
+        if len(self._data) > _LONGEST:
+            raise OSError(E2BIG, posix.strerror(E2BIG), "arguments and environment")
         out = bytearray(pack("=4I", MAGIC, len(self._ops), len(self._relocations), len(self._data)))
         for number, flags, other, args in self._ops:
             kinds = bytearray(8)

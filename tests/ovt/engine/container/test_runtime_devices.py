@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import leaks
 from tests.conftest import BARE, Bundle, Oci
 from tests.ovt.live import WAITING, Create, Run, refused, wait_for
 
@@ -75,6 +76,8 @@ def test_a_device_that_was_granted_can_be_opened(run: Run) -> None:
         "linux": {
             "devices": [{"path": "/dev/loop", "type": "b", "major": 7, "minor": 0}],
             "resources": {"devices": rules},
+            # not below a group that another test may have denied devices to
+            "cgroupsPath": f"/{leaks.PREFIX}-devices",
         }
     }
     script = "(exec 3< /dev/loop) && echo read; (exec 3> /dev/loop) 2>/dev/null || echo refused"

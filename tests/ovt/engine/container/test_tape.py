@@ -180,22 +180,6 @@ def test_check_byte(init: Init, expected: int, error: int | None) -> None:
     assert status(init) == 126
 
 
-def test_store32(init: Init) -> None:
-    """A number known only at play time is put into the argument of a later call: poll(2) of a new descriptor."""
-    read, write = os.pipe()
-    try:
-        tape = Tape()
-        copy = tape.call("dup", "dup3", Received(0), 20, 0)
-        at = tape.data(struct.pack("ihh", -1, 1, 0))
-        tape.store32(at, copy)
-        tape.call("poll", "poll", at, 1, 0 if posix.uname().machine == "x86_64" else tape.data(bytes(16)), 0, 8)
-        os.write(write, b"x")
-        assert init.play(tape, (read,)) == 1
-    finally:
-        os.close(read)
-        os.close(write)
-
-
 def test_relocation(init: Init) -> None:
     """writev-like: a structure in the data that points into the data; here the vectors of execve."""
     read, write = os.pipe()
