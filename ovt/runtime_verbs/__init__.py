@@ -12,7 +12,7 @@ _FUNCTIONS = {"exec": "exec_", "list": "list_"}  # names that Python has taken
 VERBS: dict[str, tuple[str, frozenset[str], frozenset[str], bool, int, int, str, str]] = {
     "create": (
         "making",
-        frozenset({"bundle", "b", "config", "f", "console-socket", "pid-file", "preserve-fds", "pidfd-socket"}),
+        frozenset({"bundle", "b", "config", "f", "console-socket", "pid-file", "preserve-fds"}),
         frozenset({"no-pivot", "no-new-keyring", "no-subreaper"}),
         False,
         1,
@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, frozenset[str], frozenset[str], bool, int, int, str,
     ),
     "run": (
         "making",
-        frozenset({"bundle", "b", "config", "f", "console-socket", "pid-file", "preserve-fds", "pidfd-socket"}),
+        frozenset({"bundle", "b", "config", "f", "console-socket", "pid-file", "preserve-fds"}),
         frozenset({"no-pivot", "no-new-keyring", "no-subreaper", "detach", "d", "keep"}),
         False,
         1,
@@ -75,7 +75,6 @@ VERBS: dict[str, tuple[str, frozenset[str], frozenset[str], bool, int, int, str,
                 "process-label",
                 "preserve-fds",
                 "cgroup",
-                "pidfd-socket",
             }
         ),
         frozenset({"detach", "d", "tty", "t", "no-new-privs", "ignore-paused", "no-subreaper"}),

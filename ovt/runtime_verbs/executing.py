@@ -38,12 +38,15 @@ def exec_(globals_: Globals, options: dict[str, list[str]], words: list[str]) ->
         size = terminal.own_size()
         if size:
             process["consoleSize"] = size
-    pid, master = engine.exec_terminal(container_id, process, **wanted)
     if detach:
+        engine.exec_terminal(container_id, process, **wanted)
         return 0
     from ovt.engine.container import foreground
 
-    return foreground.wait(pid, master)
+    with foreground.Signals() as signals:
+        pid, master = engine.exec_terminal(container_id, process, **wanted)
+        signals.to(pid)
+        return foreground.wait(pid, master)
 
 
 def _process(root: str, container_id: str, options: dict[str, list[str]], command: list[str]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from ovt.engine.container.runtime import Runtime
+
 
 def _options(options: dict[str, list[str]]) -> dict[str, Any]:
     keep = number(options, "preserve-fds") or 0
@@ -60,24 +62,33 @@ def run(globals_: Globals, options: dict[str, list[str]], words: list[str]) -> i
         size = terminals.own_size()
         if size:
             config["process"]["consoleSize"] = size
-    container_id = words[0]
-    state, master = engine.create_terminal(container_id, bundle, config, **wanted)
-    pid = state.pid
-    try:
-        try:
-            engine.start(container_id)
-        except BaseException:
-            engine.delete(container_id, force=True)
-            raise
-        if detach:
-            return 0
-        from ovt.engine.container import foreground
+    if detach:
+        _start(engine, words[0], bundle, config, wanted)
+        return 0
+    from ovt.engine.container import foreground
 
-        status = foreground.wait(pid, master)
-    except BaseException:
-        if not detach and "keep" not in options:
-            engine.delete(container_id, force=True)
-        raise
+    with foreground.Signals() as signals:
+        pid, master = _start(engine, words[0], bundle, config, wanted)
+        try:
+            signals.to(pid)
+            status = foreground.wait(pid, master)
+        except BaseException:
+            if "keep" not in options:
+                engine.delete(words[0], force=True)
+            raise
     if "keep" not in options:
-        warn(globals_, engine.delete(container_id, force=True))
+        warn(globals_, engine.delete(words[0], force=True))
     return status
+
+
+def _start(
+    engine: Runtime, container_id: str, bundle: str, config: dict[str, Any], wanted: dict[str, Any]
+) -> tuple[int, int]:
+    """Create and start; (pid, terminal master). A container that cannot be started is removed."""
+    state, master = engine.create_terminal(container_id, bundle, config, **wanted)
+    try:
+        engine.start(container_id)
+    except BaseException:
+        engine.delete(container_id, force=True)
+        raise
+    return state.pid, master

@@ -200,6 +200,8 @@ def test_run_passes_signals_on(runtime: Path, run_root: Path, bundle: Bundle, co
     with subprocess.Popen([runtime, "--root", run_root, "run", "-b", place, container_id],
                           stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
         assert process.stdout and process.stdout.readline() == "ready\n"
+        status = Path(f"/proc/{process.pid}/status")
+        wait_for(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> 9 & 1)
         process.send_signal(10)
         assert process.wait(10) == 9
 

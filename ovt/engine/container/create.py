@@ -381,7 +381,7 @@ class _Creation:
         process.memory_policy(tape, self.linux)
         final.program = built.program
         final.user_namespace = self.user_namespace
-        final.no_setgroups = self.user_namespace and _setgroups_denied(init.pid)
+        final.no_setgroups = _setgroups_denied(init.pid)
         if posix.geteuid() != 0:
             # only for a normal user: annotations come out of images too, and root's groups are not theirs to ask for
             final.no_setgroups |= self.record["annotations"].get("run.oci.keep_original_groups") == "1"

@@ -126,7 +126,7 @@ def execute(state: State, spec: dict[str, Any], request: Request) -> tuple[int, 
         if not spec.get("terminal"):
             process.own_stdio(request.stdio, spec, _mappings(pid) if final.user_namespace else {})
         final.labels = labels
-        final.no_setgroups = final.user_namespace and procfs.read(f"/proc/{pid}/setgroups").startswith("deny")
+        final.no_setgroups = procfs.read(f"/proc/{pid}/setgroups").startswith("deny")
         process.finish(tape, final, init.sync_fd)
         init.send(tape, (slave,) if slave >= 0 else ())
         _, value = init.wait(tape)

@@ -15,6 +15,7 @@ from ovt.errors import ConfigError, HostError, OvtError, refused
 from ovt.kernel import syscalls as sc
 
 from . import devices, mounts, paths
+from .state import in_user_namespace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Rootfs:
             flag, recursive = _PROPAGATION[propagation]
             sc.mount_setattr(self.tree, propagation=flag, recursive=recursive)
         mounts.open_sources(self.mounts, self._bundle, shared, self._userns_for)
-        if self.user_namespace:
+        if self.user_namespace or in_user_namespace():
             self.host_nodes = devices.nodes_for_user_namespace(self.devices, self.linux)
         self.null = _open_null()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import posix
+import time
 
 from ovt.errors import NotFound, OvtError, StateError
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from .exec import Request as ExecRequest
     from .request import Request as CreateRequest
+
+_CREATE_SECONDS = 10
 
 
 class Runtime:
@@ -97,7 +100,12 @@ class Runtime:
         """Execute the program of a created container."""
         from . import lifecycle
 
-        lifecycle.start(State.load(self.root, container_id))
+        state = State.load(self.root, container_id)
+        deadline = time.monotonic() + _CREATE_SECONDS
+        while state.status() == states.CREATING and time.monotonic() < deadline:
+            time.sleep(0.005)  # another process is at it: whoever saw the state may well start it now
+            state = State.load(self.root, container_id)
+        lifecycle.start(state)
 
     def kill(self, container_id: str, signal: int, everything: bool = False) -> None:
         """Signal the first process, or every one."""

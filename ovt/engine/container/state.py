@@ -47,11 +47,16 @@ def check_id(container_id: str) -> None:
 
 
 def default_root() -> str:
-    """/run/ovt, or for a normal user $XDG_RUNTIME_DIR/ovt."""
-    if posix.geteuid() == 0 and not posix.environ.get(b"XDG_RUNTIME_DIR_OVT"):
+    """/run/ovt, or for a normal user $XDG_RUNTIME_DIR/ovt; root of a user namespace is one (podman without root)."""
+    if posix.geteuid() == 0 and not in_user_namespace():
         return "/run/ovt"
     base = posix.environ.get(b"XDG_RUNTIME_DIR", b"").decode("utf-8", "surrogateescape")
     return f"{base}/ovt" if base else f"/tmp/ovt-{posix.geteuid()}"
+
+
+def in_user_namespace() -> bool:
+    """True when this process is not in the initial user namespace, whose map covers all ids."""
+    return procfs.read("/proc/self/uid_map").split() != ["0", "0", "4294967295"]
 
 
 def make_root(root: str) -> None:

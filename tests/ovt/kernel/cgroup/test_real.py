@@ -65,7 +65,8 @@ def test_freezing_and_killing_while_frozen(group: cgroup.Cgroup, child: Callable
     time.sleep(0.1)
     assert stat.read_text().split()[13:15] == before
     group.kill(signal.SIGUSR1)
-    assert group.frozen() and counter.process.poll() is None
+    # on v2 a signal that ends a process does so while it is frozen, on v1 once it is thawed
+    assert group.frozen() and (group.mode == "v2" or counter.process.poll() is None)
     group.kill(signal.SIGKILL)
     assert counter.wait() in (-signal.SIGKILL, -signal.SIGUSR1)
     assert not group.frozen()
