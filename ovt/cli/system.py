@@ -47,7 +47,7 @@ def info(app: App, form: str) -> int:
         "statuses": counts,
     }
     if form in {"", "table"}:
-        shown = {**data, "statuses": " ".join(f"{count} {name}" for name, count in counts.items())}
+        shown = {**data, "statuses": " ".join(f"{count} {name}" for name, count in counts.items()) or "none"}
         output.table(None, [[key.replace("_", " "), str(value)] for key, value in shown.items()])
     elif form == "json":
         output.show_json(data)
