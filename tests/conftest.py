@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests import leaks
+from tests.lab import INSIDE
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPS = Path(__file__).with_name("skips.txt")
@@ -34,6 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.pop("PYTHONPATH", None)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     leaks.adopt_orphans()
+    if not INSIDE:
+        from tests.lab import plugin  # inside, under emulation, it would cost a second
+
+        plugin.register(config)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

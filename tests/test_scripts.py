@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import BARE
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["scripts/setup", "scripts/test", "scripts/demo", ".ci/run"]
+SCRIPTS = ["scripts/setup", "scripts/test", "scripts/demo", "scripts/lab", ".ci/run"]
 
 DPKG_QUERY = """#!/bin/sh
 for package; do :; done
