@@ -122,7 +122,7 @@ def quietly(machine: Machine, argv: list[str]) -> int:
 
 def run(argv: list[str], *, terminal: bool, two: bool) -> int:
     show = sys.stderr.isatty()
-    with Hosts(two=two) as hosts:
+    with Hosts() as hosts:
         machine = hosts.first
 
         def tick(seconds: float) -> None:
@@ -133,6 +133,8 @@ def run(argv: list[str], *, terminal: bool, two: bool) -> int:
         if show:
             print("\r", end="", file=sys.stderr)
         quietly(machine, ["sh", "-c", LOAD_DRIVERS])
+        if two:
+            hosts.start_second()
         note(f"up after {seconds:.0f} s, {machine.cpu_seconds():.0f} s of processor time")
         try:
             machine.request(argv, terminal=terminal_size() if terminal else None)

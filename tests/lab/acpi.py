@@ -1,10 +1,12 @@
-"""The ACPI table that gives the lab host's processors frequencies and idle states: an SSDT, as AML bytes.
+"""The ACPI table that gives the lab host frequencies, idle states and a complete wake-up: an SSDT, as AML bytes.
 
 QEMU describes its processors without either. This table adds to each `\\_SB.CPUS.Cnnn` that QEMU has made the objects
-that Linux's acpi-cpufreq and acpi_idle look for (ACPI specification 8.4; its chapter 20 is the encoding). Objects for a
-processor that is not there would be no extra: a scope that names nothing makes Linux drop the table from there on.
+that Linux's acpi-cpufreq and acpi_idle look for (ACPI specification 8.4; its chapter 20 is the encoding). It must name
+exactly the processors that are there: at a scope that names nothing Linux drops the table from there on.
 
 Nothing really runs slower: the frequency is written to an I/O port where QEMU has no device.
+
+It also has \\_WAK, which Linux calls after a suspend before it resumes devices, to do what SeaBIOS forgets.
 """
 
 import struct
@@ -18,6 +20,17 @@ CONTROL_PORT, STATUS_PORT = 0x880, 0x884
 # busy for each of the guest's, and make Linux distrust the TSC, which may stop in a real C2. As a second state of type
 # 1 it sleeps until the next interrupt, and Linux still takes it for another state with a latency of its own.
 IDLE_STATES = ((1, 1, 1000), (1, 100, 500))
+
+# Registers of the chipset that the reset at wake-up clears: (bus 0's device and function << 8 | register, value).
+# SeaBIOS would set them again, but does so through the memory-mapped configuration space, which is off until the first
+# of them is set. Without it extended capabilities are out of reach, so virtual functions are lost; without the others
+# ACPI's events and the power switch are.
+CHIPSET = (
+    (0x0060, 0xB000_0001),  # host bridge: where the memory-mapped configuration space is, and that it is on
+    (0xF840, 0x601),  # ISA bridge: where ACPI's registers are
+    (0xF844, 0x80),  # ISA bridge: that they are on
+)
+PCI_PORTS, PM1_CONTROL_PORT, SCI_ENABLE = 0xCF8, 0x604, 1
 
 SYSTEM_IO, FIXED_HARDWARE = 1, 0x7F  # address spaces
 COORDINATE_ALL = 0xFC  # _PSD: software sets the frequency, on all the processors of a domain
@@ -86,9 +99,34 @@ def processor(number: int) -> bytes:
     return scope(["_SB_", "CPUS", f"C{number:03X}"], b"".join(body))
 
 
+def ports(region: str, port: int, width: int, *fields: str) -> bytes:
+    """Names for adjacent I/O ports, each `width` bytes wide (2 or 4)."""
+    space = b"\x5b\x80" + region.encode() + bytes([SYSTEM_IO]) + integer(port) + integer(width * len(fields))
+    body = region.encode() + bytes([{2: 2, 4: 3}[width]])  # accessed as words or double words
+    body += b"".join(field.encode() + bytes([8 * width]) for field in fields)
+    return space + b"\x5b\x81" + package_length(len(body)) + body
+
+
+def store(value: int, target: str) -> bytes:
+    return b"\x70" + integer(value) + target.encode()
+
+
+def wake() -> bytes:
+    """The method \\_WAK and the ports it writes to."""
+    body = b"_WAK\x01"  # one argument: the state it wakes from
+    for register_number, value in CHIPSET:
+        body += store(1 << 31 | register_number, "PCIA") + store(value, "PCID")
+    body += store(SCI_ENABLE, "PM1C") + b"\xa4" + integers(0, 0)  # returns: nothing was wrong
+    return (
+        ports("LPCI", PCI_PORTS, 4, "PCIA", "PCID")
+        + ports("LPM1", PM1_CONTROL_PORT, 2, "PM1C")
+        + (b"\x14" + package_length(len(body)) + body)
+    )
+
+
 def table(cpus: int) -> bytes:
     """The table for a machine with exactly `cpus` processors."""
-    body = b"".join(map(processor, range(cpus)))
+    body = b"".join(map(processor, range(cpus))) + wake()
     header = struct.Struct("<4sIBB6s8sI4sI")  # signature, length, revision, checksum, who made it and its version
     made_by = (b"OVTLAB", b"POWER\0\0\0", 1, b"OVT\0", 1)
     unsigned = header.pack(b"SSDT", header.size + len(body), 2, 0, *made_by) + body

@@ -72,7 +72,8 @@ def make(kernel: Kernel, place: Path, note: Callable[[str], None]) -> Path:
     try:
         fetched = fetch(kernel, place)
     except Unavailable:
-        packages.update()  # the lists may be older than the archive
+        with packages.locked("kernel"):  # whose fetching updates the same lists
+            packages.update()  # they may be older than the archive
         fetched = fetch(kernel, place)
     note("building netdevsim (about half a minute, once)")
     source = fetched.pop()

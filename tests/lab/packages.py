@@ -50,6 +50,11 @@ class Kernel:
         return self.directory / "vmlinux"
 
     @property
+    def vmlinuz(self) -> Path:
+        """The bzImage, which survives a suspend to memory: QEMU loads an ELF image anew at every reset."""
+        return self.directory / "vmlinuz"
+
+    @property
     def modules(self) -> Path:
         """What belongs to /lib/modules/VERSION."""
         return self.directory / "lib/modules" / self.version
@@ -221,6 +226,7 @@ def unpack(package: Path, target: Path) -> Kernel:
         names = "\0".join(compressed).encode()
         subprocess.run(["xargs", "-0", "-n", "200", "-P", "2", "xz", "-d"], input=names, check=True)
     depmod(target, version)
+    image.rename(target / "vmlinuz")
     for name in ("boot", "usr", "etc"):
         shutil.rmtree(target / name, ignore_errors=True)
     return Kernel(version, target)

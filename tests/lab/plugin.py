@@ -54,8 +54,9 @@ class Outside:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Add the twins, before -m and -k choose; lab items go to the end."""
-        twins = [twin(item) for item in items if item.get_closest_marker("twice") and isinstance(item, pytest.Function)]
-        items[:] = [item for item in items if not in_lab(item)] + [i for i in items if in_lab(i)] + twins
+        twins = [twin(item) for item in items if isinstance(item, pytest.Function) and both(item)]
+        inside = [item for item in items if in_lab(item)] + twins
+        items[:] = [item for item in items if not in_lab(item)] + sorted(inside, key=late)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Iterator[None]:
@@ -71,7 +72,6 @@ class Outside:
         return result
 
     def run(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        two = any("second_host" in getattr(item, "fixturenames", ()) for item in items)
         left = list(items)
         reason = ""
         started = time.monotonic()
@@ -81,7 +81,7 @@ class Outside:
                     self.emit(item, failed(item, f"the lab host failed {BOOTS} times, the last time:\n{reason}"))
                 break
             try:
-                run = Run(self, Hosts(two=two), left)
+                run = Run(self, Hosts(), left)
                 try:
                     run.all(session)
                 finally:
@@ -93,7 +93,7 @@ class Outside:
                 break
             except Failed as error:
                 reason = str(error)
-                self.figures.failures.append(reason.partition("\n")[0])
+                self.figures.failures.append(reason)
                 if run.testing:
                     self.emit(left[0], failed(left[0], reason))
                     left.pop(0)
@@ -140,9 +140,8 @@ class Run:
         figures.up = figures.up or up
         host = self.hosts.first
         wanted = [inner(item) for item in self.left]
-        files = list(dict.fromkeys(nodeid.partition("::")[0] for nodeid in wanted))
         host.request(
-            [*PYTEST, *files],
+            PYTEST,
             env={"PYTHONPATH": str(machine.ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         )
         host.channel.send(b"I", json.dumps(wanted).encode())
@@ -193,6 +192,8 @@ class Run:
                     figures.first_test = time.monotonic() - host.started
                     figures.first_test_cpu = host.cpu_seconds()
                 self.testing = True
+                if "second_host" in getattr(item, "fixturenames", ()):
+                    self.hosts.start_second()
                 item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             case "report":
                 report = item.config.hook.pytest_report_from_serializable(config=item.config, data=message["report"])
@@ -200,6 +201,10 @@ class Run:
                 if isinstance(report.longrepr, list):  # where a test was skipped, and why; JSON has no tuples
                     report.longrepr = tuple(report.longrepr)
                 item.ihook.pytest_runtest_logreport(report=report)
+            case "missing":
+                words = self.words.decode(errors="replace")
+                self.outside.emit(item, failed(item, f"it was not collected inside the lab host:\n{words}"))
+                self.left.remove(item)
             case "finish":
                 self.left.remove(item)
                 self.testing = False
@@ -211,6 +216,16 @@ def in_lab(item: pytest.Item) -> bool:
     return item.get_closest_marker("lab") is not None
 
 
+def both(item: pytest.Item) -> bool:
+    return item.get_closest_marker("twice") is not None and not in_lab(item)
+
+
+def late(item: pytest.Item) -> bool:
+    """Whether it leaves the host slower than it was, so that the others come first: `lab(late=True)`."""
+    mark = item.get_closest_marker("lab")
+    return bool(mark and mark.kwargs.get("late"))
+
+
 def timeout(item: pytest.Item) -> float:
     """The limit that pytest-timeout holds a test to inside, seconds."""
     mark = item.get_closest_marker("timeout")
@@ -218,15 +233,25 @@ def timeout(item: pytest.Item) -> float:
     return float(words or 300)
 
 
-def twin(item: pytest.Function) -> pytest.Function:
-    """The same test once more, to be run inside."""
-    made: pytest.Function = pytest.Function.from_parent(
+class Twin(pytest.Function):
+    """A test that is run once more, inside; it is called there as here."""
+
+    inner_id = ""
+
+    @property
+    def nodeid(self) -> str:
+        return self.inner_id + TWIN
+
+
+def twin(item: pytest.Function) -> Twin:
+    made: Twin = Twin.from_parent(
         item.parent,
         name=item.name + TWIN,
         callobj=item.obj,
         originalname=item.originalname,
         fixtureinfo=item._fixtureinfo,
     )
+    made.inner_id = item.nodeid
     if hasattr(item, "callspec"):
         made.callspec = item.callspec
     made.own_markers[:] = [*item.own_markers, pytest.mark.lab.mark]
@@ -236,7 +261,7 @@ def twin(item: pytest.Function) -> pytest.Function:
 
 def inner(item: pytest.Item) -> str:
     """Its node id inside."""
-    return item.nodeid.removesuffix(TWIN)
+    return item.inner_id if isinstance(item, Twin) else item.nodeid
 
 
 def failed(item: pytest.Item, text: str) -> pytest.TestReport:

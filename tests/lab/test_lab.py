@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import channel, initramfs, machine, packages
+from tests.lab.pair import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "scripts/lab"
@@ -141,7 +142,7 @@ def test_a_qemu_that_does_not_start_is_told_with_its_words(monkeypatch: pytest.M
     monkeypatch.setattr(machine, "COMMAND_LINE", "x")
     monkeypatch.setattr(machine, "TCG_CPU", "no-such-processor")
     words = r"(?s)lab1: ended while it booted.*no-such-processor"
-    with machine.Machine() as host, pytest.raises(machine.Failed, match=words):
+    with Hosts() as host, pytest.raises(machine.Failed, match=words):
         host.wait_for_boot()
 
 
@@ -177,3 +178,27 @@ def test_modules_come_after_what_they_need() -> None:
     assert names.index("netfs.ko") < names.index("9p.ko") and "igbvf.ko" in names
     with pytest.raises(packages.Unavailable, match="no module nonsense"):
         initramfs.modules(packages.kernel(), ["nonsense"])
+
+
+def test_every_emulated_feature_stands_in_contributing_with_its_option_and_its_test() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.partition("| emulated | by QEMU's option | seen by |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) >= 12
+    wiring = machine.Wiring(1, 2, 3, 4, 5, 6, 7, [8, 9])
+    image = packages.Kernel("1.2", Path("/kernel"))
+    words = " ".join(machine.arguments("qemu", image, 1, wiring, kvm=False))
+    for feature, options, tests in rows:
+        for option in re.findall(r"`(.*?)`", options):
+            assert option in words, feature
+        for test in tests.split(", "):
+            file, _, function = test.partition("::")
+            assert f"def {function}(" in (ROOT / "tests/lab" / file).read_text(), feature
+
+
+def test_with_kvm_the_host_processor_is_used() -> None:
+    image = packages.Kernel("1.2", Path("/kernel"))
+    words = machine.arguments("qemu", image, 2, machine.Wiring(1, 2, 3, 4, 5, 6, 7), kvm=True)
+    assert words[words.index("-accel") + 1] == "kvm" and words[words.index("-cpu") + 1] == "host"
+    assert words[words.index("-machine") + 1] == "q35,kernel-irqchip=split"  # what interrupt remapping needs
+    assert "lab.host=lab2" in words[words.index("-append") + 1]

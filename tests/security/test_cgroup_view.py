@@ -41,6 +41,7 @@ def in_container(oci: Oci, bundle: Bundle, container_id: str, edit: Any) -> dict
     return found
 
 
+@pytest.mark.twice
 @pytest.mark.parametrize("namespace", [True, False], ids=["own namespace", "host's namespace"])
 def test_cve_2023_25809_read_only(oci: Oci, bundle: Bundle, container_id: str, namespace: bool) -> None:
     """The default mount: no directory can be made in any hierarchy, no foreign process is seen."""
@@ -51,6 +52,7 @@ def test_cve_2023_25809_read_only(oci: Oci, bundle: Bundle, container_id: str, n
     assert "1" in found["saw"] and "0" not in found["saw"], "only what runs in the container, by its own numbers"
 
 
+@pytest.mark.twice
 @pytest.mark.parametrize("namespace", [True, False], ids=["own namespace", "host's namespace"])
 def test_cve_2023_25809_writable(oci: Oci, bundle: Bundle, create: Create, container_id: str, namespace: bool) -> None:
     """A writable mount that was asked for: it is the container's own cgroup and nothing beside or above it."""
@@ -67,6 +69,7 @@ def test_cve_2023_25809_writable(oci: Oci, bundle: Bundle, create: Create, conta
             assert "ovt-test" in fields[3], line
 
 
+@pytest.mark.twice
 @pytest.mark.parametrize("namespace", [True, False], ids=["own namespace", "host's namespace"])
 def test_cve_2023_25809_without_a_cgroup_of_its_own(
     oci: Oci, bundle: Bundle, container_id: str, namespace: bool
@@ -79,6 +82,7 @@ def test_cve_2023_25809_without_a_cgroup_of_its_own(
     assert "saw" in lines and not lines & {"made", "agent"}
 
 
+@pytest.mark.twice
 def test_cve_2023_25809_sysfs_of_the_host(oci: Oci, bundle: Bundle, container_id: str) -> None:
     """A user namespace with the host's network: /sys must be the host's, and what is mounted below it read-only too.
 

@@ -161,6 +161,7 @@ class _Creation:
         self.state.save()
         if not enter and into < 0:
             self.cgroup.attach(pid, below)
+            self.record["cgroup"] = cgroup_record(self.cgroup)  # systemd makes it, and so its paths, only here
         if delegated and not below:
             self.cgroup.delegate(*delegated)
         self._settle_inside(init, rootfs)

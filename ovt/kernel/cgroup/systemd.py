@@ -11,7 +11,7 @@ import posix
 from ovt.errors import ConfigError, HostError, UsageError
 from ovt.kernel.cgroup.base import SIGKILL, Cgroup, check_sub
 from ovt.kernel.cgroup.dbus import Bus, DBusError, system_address, user_address
-from ovt.kernel.cgroup.files import clean
+from ovt.kernel.cgroup.files import clean, read_or
 from ovt.kernel.cgroup.hierarchy import Hierarchies
 from ovt.kernel.cgroup.unit_properties import device_policy, from_annotations, limits
 from ovt.kernel.cgroup.v1 import V1
@@ -66,9 +66,15 @@ def slice_path(name: str) -> str:
 
 
 class Systemd(Cgroup):
-    """`inside` is the V1 or V2 of the scope, None before `attach` (and `pending` then keeps the resources)."""
+    """`inside` is the V1 or V2 of the scope, None before `attach`, for which `pending` and `lent` keep what was asked.
 
-    __slots__ = ("address", "bus", "inside", "mounts", "pending", "properties", "slice", "subgroup", "unit")
+    `refused` says that systemd would not start the scope: a unit of that name is somebody else's.
+    """
+
+    __slots__ = (
+        *("address", "bus", "inside", "lent", "listening", "mounts", "pending", "properties", "refused", "slice"),
+        *("subgroup", "unit"),
+    )
 
     manager = "systemd"
 
@@ -80,8 +86,11 @@ class Systemd(Cgroup):
         self.subgroup = ""
         self.properties: list[Property] = []
         self.pending: dict[str, Any] | None = None
+        self.lent: tuple[int, int, str] | None = None
+        self.refused = False
         self.inside: V1 | V2 | None = None
         self.bus: Bus | None = None
+        self.listening = False
 
     @classmethod
     def new(cls, cgroups_path: str, container_id: str, annotations: dict[str, str], mounts: Hierarchies) -> Systemd:
@@ -117,6 +126,15 @@ class Systemd(Cgroup):
             self.bus = Bus(self.address)
         return self.bus
 
+    def _listen(self) -> Bus:
+        """The bus, with the ends of jobs passed on; asked for once, as systemd refuses a second time."""
+        bus = self._bus()
+        if not self.listening:
+            bus.add_match(f"type='signal',sender='{_SERVICE}',interface='{_SERVICE}.Manager',member='JobRemoved'")
+            bus.call(*_MANAGER, "Subscribe")
+            self.listening = True
+        return bus
+
     def create(self) -> None:
         """Only checks that systemd can be asked: the scope comes with its first process."""
         if self.mounts.mode == "none":
@@ -126,8 +144,11 @@ class Systemd(Cgroup):
     def attach(self, pid: int, sub: str = "", init: int = 0) -> None:
         if self.inside is None:
             self._start(pid)
-        else:
-            self.inside.attach(pid, sub, init)
+            if self.lent:
+                self.delegate(*self.lent)
+            if not sub:
+                return
+        self._need().attach(pid, sub, init)
 
     def _start(self, pid: int) -> None:
         own: list[Property] = [
@@ -150,9 +171,7 @@ class Systemd(Cgroup):
             self.inside.apply(self.pending)
 
     def _start_scope(self, fixed: list[Property], wanted: list[Property]) -> None:
-        bus = self._bus()
-        bus.add_match(f"type='signal',sender='{_SERVICE}',interface='{_SERVICE}.Manager',member='JobRemoved'")
-        bus.call(*_MANAGER, "Subscribe")
+        bus = self._listen()
         reset = False
         while True:
             try:
@@ -169,6 +188,7 @@ class Systemd(Cgroup):
                     reset = True  # left behind failed by a container of that name
                     self._quietly("ResetFailedUnit", "s", self.unit)
                 else:
+                    self.refused = True
                     raise self._error("start", error) from error
         self._wait(job, "start")
 
@@ -233,6 +253,7 @@ class Systemd(Cgroup):
         if self.inside is None:
             self.pending = resources
             return
+        resources = self._whole_bandwidth(resources)
         properties = limits(resources, self.mode)
         devices = not update or resources.get("devices") is not None
         if devices:
@@ -248,10 +269,31 @@ class Systemd(Cgroup):
                 self.thaw()
         self.inside.apply(resources, update=update)
 
+    def _whole_bandwidth(self, resources: dict[str, Any]) -> dict[str, Any]:
+        """`resources` where a CPU quota or period that comes alone has the other one with it, as it is in force.
+
+        systemd knows a share of the processor's time, of which a change of either alone says nothing.
+        """
+        cpu = resources.get("cpu") or {}
+        if bool(cpu.get("quota")) == bool(cpu.get("period")):
+            return resources
+        directory = self.path_for("cpu")
+        if self.mode == "v2":
+            quota, _, period = read_or(f"{directory}/cpu.max").strip().partition(" ")
+        else:
+            quota, period = [read_or(f"{directory}/cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        if not (quota and period):
+            return resources
+        limit = cpu.get("quota") or int(quota.replace("max", "-1"))
+        return {**resources, "cpu": {**cpu, "quota": limit, "period": cpu.get("period") or int(period)}}
+
     def _set(self, properties: list[Property]) -> None:
         while properties:
             try:
                 self._bus().call(*_MANAGER, "SetUnitProperties", "sba(sv)", self.unit, True, properties)
+                # systemd answers first and writes afterwards, rounded to its units and with its own device program.
+                # Its next answer comes behind that: nothing is written over what is in the files from then on.
+                self._bus().call(_SERVICE, _ROOT, "org.freedesktop.DBus.Peer", "Ping")
                 return
             except DBusError as error:
                 kept = [entry for entry in properties if not _named(error, entry[0])]
@@ -282,9 +324,9 @@ class Systemd(Cgroup):
 
     def remove(self) -> None:
         """Stop the unit, which by then holds nobody, and remove what is left of its directories."""
-        bus = self._bus()
-        bus.add_match(f"type='signal',sender='{_SERVICE}',interface='{_SERVICE}.Manager',member='JobRemoved'")
-        bus.call(*_MANAGER, "Subscribe")
+        if self.refused:
+            return
+        bus = self._listen()
         if job := self._quietly("StopUnit", "ss", self.unit, "replace"):
             self._wait(job, "stop")
         self._quietly("ResetFailedUnit", "s", self.unit)
@@ -292,12 +334,16 @@ class Systemd(Cgroup):
             self.inside.remove()
         bus.close()
         self.bus = None
+        self.listening = False
 
     def path_for(self, controller: str) -> str | None:
         return self.inside.path_for(controller) if self.inside else None
 
     def delegate(self, uid: int, gid: int, sub: str = "") -> None:
-        self._need().delegate(uid, gid, sub)
+        if self.inside is None:
+            self.lent = (uid, gid, sub)
+        else:
+            self.inside.delegate(uid, gid, sub)
 
 
 def _named(error: DBusError, name: str) -> bool:

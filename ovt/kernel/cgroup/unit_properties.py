@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ovt.errors import ConfigError
 from ovt.kernel.cgroup.devices import ANY, MKNOD, READ, WRITE, compress, rules
-from ovt.kernel.cgroup.files import exists, read_or
+from ovt.kernel.cgroup.files import read_or
 from ovt.kernel.cgroup.limits_v2 import io_weight, swap_max, weight
 
 TYPE_CHECKING = False
@@ -180,10 +180,8 @@ def device_policy(devices: list[dict[str, Any]] | None) -> list[Property]:
             if name:
                 allowed.append((prefix + name, letters))
         elif major != ANY:
-            path = f"/dev/{prefix[:-1]}/{major}:{minor}"
-            # systemd looks the node up to learn its numbers and refuses the whole unit over one that is not there.
-            if exists(path):
-                allowed.append((path, letters))
+            # These names are taken for their numbers alone (since 240), whether udev has made them or not.
+            allowed.append((f"/dev/{prefix[:-1]}/{major}:{minor}", letters))
     return [("DevicePolicy", ("s", "strict")), nothing, ("DeviceAllow", ("a(ss)", allowed))]
 
 

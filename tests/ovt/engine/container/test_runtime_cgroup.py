@@ -27,6 +27,7 @@ def update(container: Container, *flags: str, **options: Any) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
+@pytest.mark.twice
 def test_limits_at_creation(create: Create) -> None:
     resources = {"memory": {"limit": 64 * MIB}, "pids": {"limit": 33}, "cpu": {"quota": 50_000, "period": 100_000}}
     container = create(*WAITING, config={"linux": {"resources": resources}})
@@ -68,12 +69,14 @@ def test_update_by_document(container: Container, tmp_path: Path, source: str) -
     assert container.limit("pids", "pids.max", "pids.max") == "55"
 
 
+@pytest.mark.twice
 def test_update_leaves_the_rest_alone(container: Container) -> None:
     update(container, "--pids-limit", "66")
     update(container, "--memory", "64M")
     assert container.limit("pids", "pids.max", "pids.max") == "66"
 
 
+@pytest.mark.twice
 def test_update_of_a_created_container(create: Create) -> None:
     container = create(*WAITING)
     update(container, "--pids-limit", "77")
@@ -104,6 +107,7 @@ def test_update_of_a_stopped_container(container: Container) -> None:
     assert "not running" in refused(container.oci("update", "--pids-limit", "5", container.id))
 
 
+@pytest.mark.twice
 def test_statistics(container: Container) -> None:
     container.ask("true")
     event = json.loads(container.oci("events", "--stats", container.id, check=True).stdout)
@@ -114,6 +118,7 @@ def test_statistics(container: Container) -> None:
     assert data["pids"]["current"] == 1
 
 
+@pytest.mark.twice
 def test_statistics_come_again_and_again(container: Container, runtime: Path, run_root: Path) -> None:
     with subprocess.Popen([runtime, "--root", run_root, "events", "--interval", "100ms", container.id],
                           stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
@@ -124,6 +129,7 @@ def test_statistics_come_again_and_again(container: Container, runtime: Path, ru
     assert [line["type"] for line in lines] == ["stats", "stats"]
 
 
+@pytest.mark.twice
 def test_out_of_memory_is_an_event(create: Create, runtime: Path, run_root: Path) -> None:
     script = "read x < /tmp/go; tail /dev/zero; sleep 1000"
     memory = {"limit": 16 * MIB, "swap": 16 * MIB}
@@ -146,6 +152,7 @@ def test_out_of_memory_is_an_event(create: Create, runtime: Path, run_root: Path
     assert types and types[-1] == "oom"
 
 
+@pytest.mark.twice
 @pytest.mark.parametrize("kib", [512, 1024, 2048])
 def test_a_small_memory_limit_starts(run: Run, kib: int) -> None:
     resources = {"memory": {"limit": kib << 10}}
@@ -171,6 +178,7 @@ def test_the_view_of_version_1_is_its_own_group(run: Run, namespace: str | None)
     assert pids.endswith(":/") if namespace == "" else leaks.PREFIX in pids
 
 
+@pytest.mark.twice
 @pytest.mark.parametrize("namespace", ["", None])
 def test_the_view_is_read_only_when_asked(run: Run, namespace: str | None) -> None:
     def edit(config: dict[str, Any]) -> None:
@@ -181,12 +189,14 @@ def test_the_view_is_read_only_when_asked(run: Run, namespace: str | None) -> No
     assert run("sh", "-c", f"mkdir {inner} 2>/dev/null || echo refused", edit=edit) == "refused"
 
 
+@pytest.mark.twice
 def test_no_cgroup_at_all(oci: Oci, bundle: Bundle, container_id: str) -> None:
     place = bundle("cat", "/proc/self/cgroup", edit=lambda config: namespaces(config, cgroup=None))
     out = oci("--cgroup-manager", "disabled", "run", "-b", place, container_id, check=True).stdout
     assert out == Path("/proc/self/cgroup").read_text()
 
 
+@pytest.mark.twice
 def test_what_needs_a_cgroup_and_has_none(oci: Oci, bundle: Bundle, container_id: str) -> None:
     place = bundle(*WAITING)
     oci("--cgroup-manager", "disabled", "run", "-d", "-b", place, container_id, capture_output=False, check=True)
@@ -197,12 +207,14 @@ def test_what_needs_a_cgroup_and_has_none(oci: Oci, bundle: Bundle, container_id
         oci("delete", "--force", container_id, check=True)
 
 
+@pytest.mark.twice
 def test_a_resource_the_kernel_refuses_leaves_nothing(oci: Oci, bundle: Bundle, container_id: str) -> None:
     place = bundle(config={"linux": {"resources": {"cpu": {"cpus": "4000"}}}})
     assert "cpuset" in refused(oci("create", "-b", place, container_id))
     assert "does not exist" in refused(oci("state", container_id))
 
 
+@pytest.mark.twice
 def test_processes_of_exec_are_in_the_group(container: Container) -> None:
     assert container.ask("cat", "/proc/self/cgroup") == container.ask("cat", "/proc/1/cgroup")
     wait_for(lambda: (container.cgroup("pids") / "cgroup.procs").read_text().split() == [str(container.pid)])

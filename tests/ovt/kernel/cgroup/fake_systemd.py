@@ -45,6 +45,7 @@ class Service:
         self.units = {value for key, value in pairs if key == "loaded"}
         self.only = dict(pairs)
         self.jobs = 0
+        self.subscribed: set[str] = set()
 
     def send(self, kind: int, fields: dict[int, Any], *body: Any) -> None:
         self.bus._serial += 1
@@ -64,7 +65,8 @@ class Service:
             try:
                 if member in self.failing:
                     raise Refusal("org.freedesktop.DBus.Error.AccessDenied", "Permission denied")
-                signature, value, after = getattr(self, "on_" + member)(*message.body)
+                arguments = (message.fields[SENDER],) if member == "Subscribe" else message.body
+                signature, value, after = getattr(self, "on_" + member)(*arguments)
             except Refusal as refusal:
                 self.send(ERROR, {**to, ERROR_NAME: refusal.name, SIGNATURE: "s"}, str(refusal))
                 continue
@@ -95,7 +97,13 @@ class Service:
         if unit not in self.units:
             raise Refusal(SYSTEMD + ".NoSuchUnit", f"Unit {unit} not loaded.")
 
-    def on_Subscribe(self) -> Any:
+    def on_Subscribe(self, sender: str) -> Any:
+        if sender in self.subscribed:
+            raise Refusal(SYSTEMD + ".AlreadySubscribed", "Client is already subscribed.")
+        self.subscribed.add(sender)
+        return "", (), None
+
+    def on_Ping(self) -> Any:
         return "", (), None
 
     def on_StartTransientUnit(self, unit: str, mode: str, properties: list[Any], aux: list[Any]) -> Any:

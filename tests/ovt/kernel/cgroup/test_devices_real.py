@@ -3,21 +3,18 @@
 import os
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from ovt.errors import HostError
-from ovt.kernel import cgroup
 from ovt.kernel.cgroup import devices, ebpf
 from ovt.kernel.cgroup.hierarchy import current
-from ovt.kernel.cgroup.v1 import V1
 from ovt.kernel.cgroup.v2 import V2
 
 from .conftest import Child
 from .test_devices import ALLOW_ALL, DENY_ALL, random_rule
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.twice]
 
 PROBE = """
 for path, flags in (('/dev/null', os.O_RDWR), ('/dev/kmsg', os.O_RDONLY), ('/dev/kmsg', os.O_WRONLY)):
@@ -132,41 +129,3 @@ def test_no_descriptor_is_left(unified: V2) -> None:
     with pytest.raises(HostError):
         devices.restrict_v2(unified.directory + "/absent", [DENY_ALL])
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_v1_really_denies(group: cgroup.Cgroup, child: Callable[..., Child]) -> None:
-    if not isinstance(group, V1) or "devices" not in group.paths:
-        pytest.skip("needs the devices hierarchy of cgroup v1")
-
-    def probe() -> str:
-        process = child(PROBE)
-        group.attach(process.pid)
-        return process.go().strip()
-
-    group.apply({"devices": [DENY_ALL]})
-    assert probe() == "yes no no"
-    group.apply({"devices": [DENY_ALL, KMSG_READ]}, update=True)
-    assert probe() == "yes yes no"
-    group.apply({"devices": [DENY_ALL]}, update=True)
-    assert probe() == "yes no no"
-    listed = Path(group.paths["devices"], "devices.list").read_text()
-    group.apply({"pids": {"limit": 50}}, update=True)
-    assert Path(group.paths["devices"], "devices.list").read_text() == listed
-    group.apply({"devices": [ALLOW_ALL]}, update=True)
-    assert probe() == "yes yes yes"
-
-
-def test_v1_below_a_narrower_parent(place: str) -> None:
-    parent = cgroup.new(place + "/outer", "outer")
-    inner = cgroup.new(place + "/outer/inner", "inner")
-    if not isinstance(inner, V1) or "devices" not in inner.paths:
-        pytest.skip("needs the devices hierarchy of cgroup v1")
-    parent.create()
-    directory = parent.path_for("devices")
-    Path(f"{directory}/devices.deny").write_text("a")
-    Path(f"{directory}/devices.allow").write_text("c 1:3 rwm")
-    inner.create()
-    inner.apply({})  # the default devices that the parent lacks were not asked for by anybody
-    assert Path(inner.paths["devices"], "devices.list").read_text() == "c 1:3 rwm\n"
-    with pytest.raises(HostError, match=r"write `c 1:11 r` to .*devices.allow: Operation not permitted"):
-        inner.apply({"devices": [KMSG_READ]}, update=True)

@@ -9,11 +9,10 @@ import pytest
 
 from ovt.errors import HostError
 from ovt.kernel import cgroup
-from ovt.kernel.cgroup.v1 import V1
 
 from .conftest import Child
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.twice]
 
 MIB = 1 << 20
 EAT = "block = bytearray(200 << 20)\nprint('ate', len(block), flush=True)"
@@ -87,17 +86,6 @@ def test_events_end_when_the_cgroup_goes_meanwhile(group: cgroup.Cgroup, child: 
     assert remover.wait() == 0
 
 
-def test_memory_limits_go_up_and_down_in_either_order(group: cgroup.Cgroup) -> None:
-    directory = need(group, "memory")
-    if group.mode != "v1":
-        pytest.skip("memory and swap bound one another on v1 only")
-    for limit, swap in ((100, 200), (300, 400), (350, 350), (50, 60), (-1, 0)):
-        resources = {"memory": {"limit": limit * MIB if limit > 0 else -1, "swap": swap * MIB}}
-        group.apply(resources, update=True)
-        found = [int(Path(directory, f"memory.{x}limit_in_bytes").read_text()) // MIB for x in ("", "memsw.")]
-        assert found == [limit, swap] if limit > 0 else min(found) > 1 << 40
-
-
 def test_an_impossible_memory_limit_tells_why(group: cgroup.Cgroup) -> None:
     need(group, "memory")
     group.apply({"memory": {"limit": 100 * MIB, "swap": 100 * MIB}})
@@ -138,40 +126,6 @@ def test_cpu_is_limited(group: cgroup.Cgroup, child: Callable[..., Child]) -> No
     assert 0 < stats["usage"]["total"] < 500_000_000
 
 
-def test_cpu_values_arrive_and_contradictions_tell_why(group: cgroup.Cgroup) -> None:
-    directory = need(group, "cpu")
-    if group.mode != "v1":
-        pytest.skip("v1 files")
-
-    def values() -> list[int]:
-        names = ("cfs_quota_us", "cfs_period_us", "cfs_burst_us")
-        return [int(Path(directory, f"cpu.{name}").read_text()) for name in names]
-
-    group.apply({"cpu": {"quota": 20000, "period": 50000, "burst": 15000, "shares": 77}})
-    assert values() == [20000, 50000, 15000]
-    group.apply({"cpu": {"quota": 5000, "burst": 2000}}, update=True)
-    assert values() == [5000, 50000, 2000]
-    group.apply({"cpu": {"quota": -1, "burst": 0}}, update=True)
-    assert values() == [-1, 50000, 0]
-    assert Path(directory, "cpu.shares").read_text() == "77\n"
-    with pytest.raises(HostError, match=r"linux.resources.cpu.burst to `9000`: write to .*cpu.cfs_burst_us"):
-        group.apply({"cpu": {"quota": 5000, "burst": 9000}}, update=True)
-
-
-def test_a_narrow_parent_first_takes_the_quota(place: str) -> None:
-    outer, inner = cgroup.new(place + "/outer", "outer"), cgroup.new(place + "/outer/inner", "inner")
-    outer.create()
-    inner.create()
-    if inner.mode != "v1":
-        pytest.skip("v1 bounds a child's share by its parent's")
-    outer.apply({"cpu": {"quota": 50000, "period": 100000}}, update=True)
-    inner.apply({"cpu": {"quota": 25000, "period": 100000}})
-    # The new period alone would be 25000/40000, more than the parent's half.
-    inner.apply({"cpu": {"quota": 20000, "period": 40000}}, update=True)
-    with pytest.raises(HostError, match=r"linux.resources.cpu.quota to `90000`.*Invalid argument"):
-        inner.apply({"cpu": {"quota": 90000}}, update=True)
-
-
 def test_cpusets_are_inherited_and_set(place: str, child: Callable[..., Child]) -> None:
     deep = cgroup.new(place + "/a/b/c", "c")
     deep.create()
@@ -183,45 +137,6 @@ def test_cpusets_are_inherited_and_set(place: str, child: Callable[..., Child]) 
     assert Path(directory, "cpuset.cpus").read_text() == "0\n"
     with pytest.raises(HostError, match=r"linux.resources.cpu.cpus to `4095`"):
         deep.apply({"cpu": {"cpus": "4095"}}, update=True)
-
-
-def test_hugepages_on_a_hybrid_host(group: cgroup.Cgroup, child: Callable[..., Child]) -> None:
-    if not isinstance(group, V1) or group.beside is None or "hugetlb" in group.paths:
-        pytest.skip("needs a hybrid host with hugetlb in its cgroup2 mount")
-    process = child()
-    group.attach(process.pid)
-    group.apply({"hugepageLimits": [{"pageSize": "2MB", "limit": 4 * MIB}]})
-    directory = "".join(group.beside)
-    assert Path(directory, "hugetlb.2MB.max").read_text() == f"{4 * MIB}\n"
-    again = cgroup.restore(group.record())
-    other = child()
-    again.attach(other.pid)
-    assert again.enter_fds() == []
-    members = Path(directory, "cgroup.procs").read_text().split()
-    assert sorted(map(int, members)) == sorted([process.pid, other.pid])
-    again.kill()
-    process.wait(), other.wait()
-    again.remove()
-    assert not Path(directory).exists()
-
-
-def test_a_missing_controller_is_named(group: cgroup.Cgroup) -> None:
-    if not isinstance(group, V1) or "net_cls" in group.paths:
-        pytest.skip("needs a v1 host without net_cls")
-    with pytest.raises(HostError, match="requested cgroup controller `net_cls` is not available") as caught:
-        group.apply({"network": {"classID": 5}})
-    assert caught.value.hint
-
-
-def test_unified_keys_on_v1(group: cgroup.Cgroup) -> None:
-    if not isinstance(group, V1):
-        pytest.skip("needs cgroup v1")
-    if group.beside:
-        with pytest.raises(HostError, match="requested cgroup controller `memory` is not available"):
-            group.apply({"unified": {"memory.high": "1000000"}})
-    group.beside = None
-    with pytest.raises(HostError, match="cannot use unified on cgroup v1"):
-        group.apply({"unified": {"memory.high": "1000000"}})
 
 
 def test_stats_have_the_shape_consumers_read(group: cgroup.Cgroup, child: Callable[..., Child]) -> None:

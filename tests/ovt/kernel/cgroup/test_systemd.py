@@ -171,12 +171,16 @@ def test_a_failed_unit_of_that_name_is_reset(
 
 
 def test_a_running_unit_of_that_name_is_an_error(systemd: Callable[..., Fake], tree: Hierarchies) -> None:
-    systemd(GROUP, "loaded=ovt-web.scope", "stuck=1")
+    fake = systemd(GROUP, "loaded=ovt-web.scope", "stuck=1")
+    group = new(tree)
     with pytest.raises(
         HostError, match=r"systemd could not start ovt-web.scope: .*already loaded.*UnitExists"
     ) as caught:
-        new(tree).attach(42)
+        group.attach(42)
     assert "another container name" in caught.value.hint
+    group.kill()
+    group.remove()
+    assert fake.named("StopUnit") == []  # it is another's
 
 
 def test_properties_an_older_systemd_lacks_are_left_out(
@@ -230,7 +234,7 @@ def test_before_the_process_there_is_nothing(tree: Hierarchies) -> None:
     group = cgroup.restore(new(tree).record())
     assert (group.pids(), group.fd(), group.path_for("memory"), group.frozen()) == ([], -1, None, False)
     group.kill()
-    for action in (group.freeze, group.thaw, lambda: group.delegate(1, 1)):
+    for action in (group.freeze, group.thaw):
         with pytest.raises(HostError, match=r"ovt-web.scope has not been started"):
             action()
 
@@ -245,6 +249,52 @@ def test_a_subgroup_below_the_scope(systemd: Callable[..., Fake], tree: Hierarch
     group.attach(42)
     assert group.path_for("") == str(below)
     assert (below / "cgroup.procs").read_text() == "42"
+
+
+def test_what_is_lent_before_there_is_a_scope(
+    systemd: Callable[..., Fake], tree: Hierarchies, unrestricted: None
+) -> None:
+    systemd(GROUP)
+    below = Path(str(tree.unified), "machine.slice/ovt-web.scope/guest")
+    below.mkdir()
+    (below / "cgroup.procs").touch()
+    group = new(tree)
+    group.create()
+    group.delegate(os.getuid(), os.getgid(), "guest")
+    group.attach(42, "guest")
+    assert (below / "cgroup.procs").read_text() == "42"
+
+
+def test_a_creation_that_fails_later_is_undone_by_the_same_process(
+    systemd: Callable[..., Fake], tree: Hierarchies, unrestricted: None
+) -> None:
+    fake = systemd(GROUP)
+    group = new(tree)
+    group.create()
+    group.attach(42)
+    for file in list(Path(str(group.path_for(""))).iterdir()):
+        file.unlink()
+    group.remove()
+    assert [len(fake.named(name)) for name in ("Subscribe", "StopUnit")] == [1, 1]
+
+
+def test_a_quota_alone_is_told_with_the_period_in_force(
+    systemd: Callable[..., Fake], tree: Hierarchies, unrestricted: None
+) -> None:
+    fake = systemd(GROUP)
+    group = new(tree)
+    group.create()
+    group.attach(42)
+    file = Path(str(group.path_for("")), "cpu.max")
+    for before, change, told in (
+        ("max 50000", {"quota": 25_000}, [50_000, 500_000]),
+        ("20000 50000", {"period": 40_000}, [40_000, 500_000]),
+        ("max 50000", {"period": 40_000}, [40_000, (1 << 64) - 1]),
+    ):
+        file.write_text(before + "\n")
+        group.apply({"cpu": change}, update=True)
+        properties = dict(fake.named("SetUnitProperties")[-1][2])
+        assert [properties["CPUQuotaPeriodUSec"], properties["CPUQuotaPerSecUSec"]] == told
 
 
 def test_a_subgroup_stays_below(tree: Hierarchies) -> None:

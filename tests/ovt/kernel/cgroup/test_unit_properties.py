@@ -97,7 +97,6 @@ def test_cpu_lists_that_are_none(listed: str) -> None:
 
 
 def test_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unit_properties, "exists", lambda path: path != "/dev/char/99:9")
     known = tmp_path / "devices"
     known.write_text("Character devices:\n  1 mem\n136 pts\n\nBlock devices:\n  8 sd\n")
     monkeypatch.setattr(unit_properties._group, "__defaults__", (str(known),))
@@ -119,6 +118,7 @@ def test_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 "a(ss)",
                 [
                     ("block-sd", "r"),
+                    ("/dev/char/99:9", "rw"),
                     ("/dev/char/10:229", "rw"),
                     ("char-*", "m"),
                     ("block-*", "m"),
