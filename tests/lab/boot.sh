@@ -1,10 +1,24 @@
 # The lab host's first user-space program after the switch to its root: mounts, then the agent as PID 1.
-# Arguments: the directory of the kernel's modules, the Python interpreter, the agent, the directory to work in.
+# Arguments: the kernel's directory in the cache, the Python interpreter, the agent, the directory to work in.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 LAB=1
+
+# What is needed of the machine's own file system must stay in view where a tmpfs will lie over it.
+hidden() { case "$1" in /tmp/* | /run/* | /var/lib/*) ;; *) false ;; esac; }
+for directory in "$1" "$4"; do
+    if hidden "$directory"; then
+        mkdir -p "/mnt/lab$directory" && mount --bind "$directory" "/mnt/lab$directory"
+    fi
+done
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=755 tmpfs /var/lib
-mkdir -p /dev/pts /dev/shm /dev/mqueue /run/lock /run/netns /root /lib/modules
+for directory in "$1" "$4"; do
+    if hidden "$directory"; then
+        mkdir -p "$directory" && mount --move "/mnt/lab$directory" "$directory"
+    fi
+done
+
+mkdir -p /dev/pts /dev/shm /dev/mqueue /run/lock /run/netns /root
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t mqueue mqueue /dev/mqueue
@@ -14,8 +28,9 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t securityfs securityfs /sys/kernel/security
 mount -t debugfs debugfs /sys/kernel/debug
 mount -t bpf bpf /sys/fs/bpf
-mkdir -p "/lib/modules/$(uname -r)"
-mount --bind "$1" "/lib/modules/$(uname -r)"
+modules="lib/modules/$(uname -r)"
+mkdir -p "/$modules"
+mount --bind "$1/$modules" "/$modules"
 modprobe -a acpi-cpufreq virtio_net # nobody else would: udev loads them elsewhere
 busybox ifconfig lo up
 cd "$4" && exec "$2" -ISs "$3"

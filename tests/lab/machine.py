@@ -44,7 +44,7 @@ mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=512000 root /l
 mount -t tmpfs up /up; mkdir /up/upper /up/work
 mount -t overlay -o lowerdir=/low,upperdir=/up/upper,workdir=/up/work root /new
 for d in dev proc sys; do mount -o move /$d /new/$d; done
-exec switch_root /new /bin/sh {boot} {modules} {python} {agent} {root}
+exec switch_root /new /bin/sh {boot} {kernel} {python} {agent} {root}
 """
 
 
@@ -136,7 +136,7 @@ class Machine:
         script = INIT.format(
             boot=Path(__file__).with_name("boot.sh"),
             agent=Path(__file__).with_name("agent.py"),
-            modules=image.modules,
+            kernel=image.directory,
             python="/usr/bin/python3",
             root=ROOT,
         )
