@@ -1,5 +1,6 @@
 # The lab host's first user-space program after the switch to its root: mounts, then the agent as PID 1.
 # Arguments: the kernel's directory in the cache, the Python interpreter, the agent, the directory to work in.
+set -e # whatever goes wrong here ends the boot, with its words on the console
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 LAB=1
 
 # What is needed of the machine's own file system must stay in view where a tmpfs will lie over it.
@@ -31,6 +32,7 @@ mount -t bpf bpf /sys/fs/bpf
 modules="lib/modules/$(uname -r)"
 mkdir -p "/$modules"
 mount --bind "$1/$modules" "/$modules"
-modprobe -a acpi-cpufreq virtio_net # nobody else would: udev loads them elsewhere
+modprobe virtio_net # nobody else would: udev loads it elsewhere
+modprobe acpi-cpufreq || echo "lab: without P-states" # a processor that KVM passes through may have its own
 busybox ifconfig lo up
 cd "$4" && exec "$2" -ISs "$3"
