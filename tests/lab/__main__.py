@@ -12,6 +12,7 @@ stays. It works in this directory. It ends with the command, and nothing is left
 
 import contextlib
 import fcntl
+import json
 import os
 import select
 import signal
@@ -23,7 +24,7 @@ import tty
 from collections.abc import Iterator
 
 from tests.lab import netdevsim, packages
-from tests.lab.channel import Closed
+from tests.lab.channel import Closed, TimedOut
 from tests.lab.machine import Failed, Machine, note
 from tests.lab.pair import Hosts
 
@@ -76,6 +77,7 @@ def relay(machine: Machine) -> int:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH):
         signal.signal(name, lambda number, _: got.append(number))
     reading = [line.fd, wake, 0]
+    asked = 0  # to end, by signals
     while True:
         frame = line.next()
         if frame is None:
@@ -88,6 +90,9 @@ def relay(machine: Machine) -> int:
                     if os.isatty(0):
                         line.send_json(b"W", terminal_size())
                 else:
+                    asked += 1
+                    if asked > 3:
+                        raise machine.failure("does not react to signals")
                     line.send_json(b"S", number)
             if 0 in ready:
                 data = os.read(0, 4096)
@@ -101,7 +106,7 @@ def relay(machine: Machine) -> int:
         if kind in b"OE":
             write_all(1 if kind == b"O" else 2, payload)
         elif kind == b"!":
-            note(payload.decode())
+            note(json.loads(payload))
         elif kind == b"D":
             return int(payload)
 
@@ -132,11 +137,11 @@ def run(argv: list[str], *, terminal: bool, two: bool) -> int:
         seconds = hosts.wait_for_boot(tick)
         if show:
             print("\r", end="", file=sys.stderr)
-        quietly(machine, ["sh", "-c", LOAD_DRIVERS])
-        if two:
-            hosts.start_second()
-        note(f"up after {seconds:.0f} s, {machine.cpu_seconds():.0f} s of processor time")
         try:
+            quietly(machine, ["sh", "-c", LOAD_DRIVERS])
+            if two:
+                hosts.start_second()
+            note(f"up after {seconds:.0f} s, {machine.cpu_seconds():.0f} s of processor time")
             machine.request(argv, terminal=terminal_size() if terminal else None)
             if terminal:
                 with raw_terminal():
@@ -145,6 +150,8 @@ def run(argv: list[str], *, terminal: bool, two: bool) -> int:
         except Closed:
             time.sleep(0.2)  # for the last words of the kernel to arrive
             raise machine.failure("ended under the command") from None
+        except TimedOut:
+            raise machine.failure("hung while it loaded drivers") from None
 
 
 def main(arguments: list[str]) -> int:
@@ -170,6 +177,10 @@ def main(arguments: list[str]) -> int:
     except (Failed, packages.Unavailable) as error:
         note(str(error))
         return 125
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # who read our output is gone
+        return 141
     print(__doc__, file=sys.stderr)
     return 0 if arguments in (["-h"], ["--help"]) else 2
 

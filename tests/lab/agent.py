@@ -53,12 +53,12 @@ class Command:
                 fcntl.ioctl(stdio[0], termios.TIOCSCTTY, 0)
             for number, fd in enumerate(stdio):
                 os.dup2(fd, number)
-            for name in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
+            for name in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM):
                 signal.signal(name, signal.SIG_DFL)
             os.chdir(request["cwd"])
             os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
-        except OSError as error:
-            os.write(report, f"{request['argv'][0]}: {error.strerror}".encode())
+        except Exception as error:  # whatever it is, nobody else would tell
+            os.write(report, f"{request['argv'][0]} in {request['cwd']}: {error}".encode())
         finally:
             os._exit(127)
 
@@ -112,6 +112,7 @@ def reap(command: "Command | None") -> int | None:
 def serve(line: "channel.Channel", wake: int) -> None:
     command: Command | None = None
     status: int | None = None
+    after = 0  # bytes of output since its end
     while True:
         readable = [line.fd, wake, *(command.outputs if command else ())]
         writable = [command.input] if command and command.wants_input() else []
@@ -123,7 +124,9 @@ def serve(line: "channel.Channel", wake: int) -> None:
         while frame := line.next():
             kind, payload = frame
             if kind == b"R":
-                command, status = Command(json.loads(payload)), None
+                if command:  # given up by who asked for it
+                    command.close()
+                command, status, after = Command(json.loads(payload)), None, 0
                 if command.problem:
                     line.send_json(b"!", command.problem)
             elif command is None:
@@ -140,22 +143,22 @@ def serve(line: "channel.Channel", wake: int) -> None:
             continue
         if command.input in able or command.closing:
             command.write()
-        got = False
         for fd in [fd for fd in ready if fd in command.outputs]:
             try:
                 data = os.read(fd, channel.CHUNK)
             except OSError:  # a terminal whose last user is gone
                 data = b""
             if data:
-                got = True
                 line.send(command.outputs[fd], data)
+                after += len(data) if status is not None else 0
             elif fd != command.input:
                 os.close(fd)
                 del command.outputs[fd]
             else:
                 del command.outputs[fd]
-        # A process that outlives its parent may hold the output open for ever; what is there already is passed on.
-        if status is not None and not got and not select.select(list(command.outputs), [], [], 0)[0]:
+        # A process that outlives its parent may hold the output open for ever. What is there already is passed on, and
+        # of what it goes on writing no more than two pipes can have held.
+        if status is not None and (after > 1 << 18 or not select.select(list(command.outputs), [], [], 0)[0]):
             command.close()
             line.send_json(b"D", status)
             command = None

@@ -20,6 +20,7 @@ for directory in "$1" "$4"; do
 done
 
 mkdir -p /dev/pts /dev/shm /dev/mqueue /run/lock /run/netns /root
+ls /root >/dev/null 2>&1 || mount -t tmpfs -o mode=700 tmpfs /root # whoever emulates may be a normal user
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t mqueue mqueue /dev/mqueue

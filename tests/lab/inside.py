@@ -34,6 +34,11 @@ class Reporter:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.modules: dict[str, pytest.Collector] = {}
+        self.reasons: dict[str, str] = {}  # why a module could not be collected
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.reasons[file_of(report.nodeid)] = report.longreprtext
 
     def pytest_collection(self, session: pytest.Session) -> bool:
         files = list(dict.fromkeys(file_of(nodeid) for nodeid in WANTED))
@@ -49,7 +54,7 @@ class Reporter:
                 if nodeid in items:
                     yield items[nodeid]
                 else:
-                    send("missing", nodeid)
+                    send("missing", nodeid, reason=self.reasons.get(file, ""))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:

@@ -6,6 +6,7 @@ a socket pair, all handed to QEMU as descriptors. It dies with the process that 
 
 import fcntl
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -46,6 +47,10 @@ mount -t overlay -o lowerdir=/low,upperdir=/up/upper,workdir=/up/work root /new
 for d in dev proc sys; do mount -o move /$d /new/$d; done
 exec switch_root /new /bin/sh {boot} {kernel} {python} {agent} {root}
 """
+
+
+# The kernel kills QEMU when the process that started it ends, however it ends; it may have ended before it was asked.
+LEASH = ("setpriv", "--pdeathsig", "KILL", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
 
 
 class Failed(Exception):
@@ -134,11 +139,11 @@ class Machine:
         self.number = number
         qemu, image = require_qemu(), kernel()
         script = INIT.format(
-            boot=Path(__file__).with_name("boot.sh"),
-            agent=Path(__file__).with_name("agent.py"),
-            kernel=image.directory,
+            boot=shlex.quote(str(Path(__file__).with_name("boot.sh"))),
+            agent=shlex.quote(str(Path(__file__).with_name("agent.py"))),
+            kernel=shlex.quote(str(image.directory)),
             python="/usr/bin/python3",
-            root=ROOT,
+            root=shlex.quote(str(ROOT)),
         )
         self.console_fd = memory_file("console")
         fcntl.fcntl(self.console_fd, fcntl.F_SETFL, os.O_APPEND)  # two write to it: the guest's console, QEMU's stderr
@@ -158,9 +163,8 @@ class Machine:
             taps=taps(QUEUES),
         )
         self.started = time.monotonic()
-        # setpriv: QEMU is killed by the kernel when this process ends, however it ends.
         self.process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *arguments(qemu, image, number, wiring, kvm=kvm_works())],
+            [*LEASH, str(os.getpid()), *arguments(qemu, image, number, wiring, kvm=kvm_works())],
             pass_fds=wiring.all(),
             stdin=subprocess.DEVNULL,
             stdout=self.console_fd,
@@ -173,6 +177,7 @@ class Machine:
         self.control.setblocking(False)
         self.channel = Channel(self.control.fileno())
         self.busy_seconds = 0.0  # as last seen
+        self.last_words = ""
 
     def __enter__(self) -> "Machine":
         return self
@@ -182,14 +187,21 @@ class Machine:
 
     def kill(self) -> None:
         """End it at once; nothing in it needs a shutdown, because nothing of it is kept."""
+        if self.console_fd < 0:
+            return
         self.busy_seconds = self.cpu_seconds()
         self.process.kill()
         self.process.wait()
+        self.last_words = self.console()
+        os.close(self.console_fd)
+        self.console_fd = -1
         for end in (self.control, *self.unused):
             end.close()
 
     def console(self) -> str:
         """All that the kernel and QEMU have said so far."""
+        if self.console_fd < 0:
+            return self.last_words
         size = os.fstat(self.console_fd).st_size
         return os.pread(self.console_fd, size, 0).decode(errors="replace").replace("\r", "")
 

@@ -116,6 +116,8 @@ def apt(program: str, *arguments: str, cwd: Path | None = None) -> str:
         "APT::Default-Release": suites()[-1],
         "APT::Sandbox::User": "root",  # the user _apt cannot enter a cache below a home directory
         "DPkg::Lock::Timeout": 300,
+        "Acquire::http::Timeout": 30,
+        "Acquire::https::Timeout": 30,
     }
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     try:
@@ -180,7 +182,8 @@ def install_qemu() -> None:
     if os.geteuid():
         raise Unavailable(f"QEMU is missing or too old and this is not root; as root: {command}")
     print(f"setup: installing Debian packages from {suites()[-1]}: {' '.join(QEMU_PACKAGES)}", file=sys.stderr)
-    update()
+    with locked("kernel"):
+        update()
     apt("apt-get", "install", "-y", "--no-install-recommends", *QEMU_PACKAGES)
 
 
@@ -242,12 +245,20 @@ def depmod(target: Path, version: str) -> None:
 
 def cached() -> Kernel | None:
     """The newest kernel in the cache."""
-    found = sorted(cache().glob("kernel/*/vmlinux"), key=lambda path: path.stat().st_mtime)
+    # pathlib's * takes dot files too, and those are unfinished.
+    found = sorted(cache().glob("kernel/[!.]*/vmlinuz"), key=lambda path: path.stat().st_mtime)
     return Kernel(found[-1].parent.name, found[-1].parent) if found else None
 
 
 def kernel() -> Kernel:
     """The lab's kernel, fetched if the cache has none. Raises Unavailable."""
+    try:
+        return find_or_fetch()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"the lab's kernel cannot be had: {error}") from error
+
+
+def find_or_fetch() -> Kernel:
     with locked("kernel"):
         there = cached()
         if there:

@@ -1,5 +1,6 @@
 """pytest, outside: tests marked `lab` run inside the lab host, booted once; each keeps its own name and outcome.
 
+A test marked `lab(outside=True)` boots a lab host of its own from here, and is an ordinary test otherwise.
 They come after all others. Inside, a second pytest (tests/lab/inside.py) runs them and sends every report back as it
 happens. A host that crashes or hangs fails the test it was at, with the console's log, and is booted anew for the rest;
 at the third time the rest fails at once.
@@ -8,7 +9,9 @@ A test marked `twice` runs here, on the machine's own cgroup hierarchies, and on
 of its own whose name ends in `@lab`.
 """
 
+import contextlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -140,12 +143,13 @@ class Run:
         figures.up = figures.up or up
         host = self.hosts.first
         wanted = [inner(item) for item in self.left]
-        host.request(
-            PYTEST,
-            env={"PYTHONPATH": str(machine.ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        )
-        host.channel.send(b"I", json.dumps(wanted).encode())
-        host.channel.send(b"I")
+        env = {"PYTHONPATH": str(machine.ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        try:
+            host.request([*PYTEST, f"--tb={self.outside.config.option.tbstyle}"], env=env)
+            host.channel.send(b"I", json.dumps(wanted).encode())
+            host.channel.send(b"I")
+        except Closed:
+            raise host.failure("crashed") from None
         names = dict(zip(wanted, self.left, strict=True))
         pending = b""
         limit: float = START_SECONDS
@@ -154,7 +158,7 @@ class Run:
             if kind == b"E":
                 self.words = (self.words + payload)[-20000:]
             elif kind == b"!":
-                raise host.failure(payload.decode())
+                raise host.failure(json.loads(payload))
             elif kind == b"D":
                 if self.left and not session.shouldfail and not session.shouldstop:
                     words = self.words.decode(errors="replace")
@@ -164,7 +168,7 @@ class Run:
                 *lines, pending = (pending + payload).split(b"\n")
                 for line in lines:
                     limit = self.take(names, json.loads(line))
-            if session.shouldfail or session.shouldstop:
+            if (session.shouldfail or session.shouldstop) and not self.testing:
                 return
 
     def receive(self, limit: float) -> tuple[bytes, bytes]:
@@ -178,7 +182,8 @@ class Run:
                 if time.monotonic() > deadline:
                     raise host.failure(f"hung: nothing from it for {limit:.0f} s") from None
             except Closed:
-                host.process.wait(10)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    host.process.wait(10)
                 raise host.failure("crashed") from None
 
     def take(self, names: dict[str, pytest.Item], message: dict[str, Any]) -> float:
@@ -200,9 +205,11 @@ class Run:
                 report.nodeid = item.nodeid
                 if isinstance(report.longrepr, list):  # where a test was skipped, and why; JSON has no tuples
                     report.longrepr = tuple(report.longrepr)
+                if report.failed and self.hosts.second:
+                    report.sections.append(("Console of lab2", self.hosts.second.console()[-8000:]))
                 item.ihook.pytest_runtest_logreport(report=report)
             case "missing":
-                words = self.words.decode(errors="replace")
+                words = message["reason"] or self.words.decode(errors="replace")
                 self.outside.emit(item, failed(item, f"it was not collected inside the lab host:\n{words}"))
                 self.left.remove(item)
             case "finish":
@@ -213,7 +220,8 @@ class Run:
 
 
 def in_lab(item: pytest.Item) -> bool:
-    return item.get_closest_marker("lab") is not None
+    mark = item.get_closest_marker("lab")
+    return mark is not None and not mark.kwargs.get("outside")
 
 
 def both(item: pytest.Item) -> bool:
@@ -230,7 +238,7 @@ def timeout(item: pytest.Item) -> float:
     """The limit that pytest-timeout holds a test to inside, seconds."""
     mark = item.get_closest_marker("timeout")
     words = (mark.args[0] if mark.args else mark.kwargs["timeout"]) if mark else item.config.getini("timeout")
-    return float(words or 300)
+    return float(words or 0) or 300.0
 
 
 class Twin(pytest.Function):

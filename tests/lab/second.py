@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 import time
 from subprocess import CompletedProcess
@@ -33,6 +34,12 @@ class SecondHost:
         while self.channel.receive(BOOT_SECONDS)[0] != b"D":
             pass
 
+    def give_up(self) -> None:
+        """Kill the command that runs there, else its last words would be taken for the next one's."""
+        self.channel.send_json(b"S", signal.SIGKILL)
+        while self.channel.receive(30)[0] != b"D":
+            pass
+
     def __call__(self, *argv: str, timeout: float = 60, check: bool = True) -> "CompletedProcess[str]":
         """Run a command there as `subprocess.run` would; its output as text. Raises TimedOut, AssertionError."""
         request = {"argv": list(argv), "env": {}, "cwd": "/", "terminal": None}
@@ -41,10 +48,11 @@ class SecondHost:
         output = {b"O": b"", b"E": b"", b"!": b""}
         deadline = time.monotonic() + timeout
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimedOut(f"{argv} on the second lab host: no end after {timeout} s")
-            kind, payload = self.channel.receive(left)
+            try:
+                kind, payload = self.channel.receive(max(0.0, deadline - time.monotonic()))
+            except TimedOut:
+                self.give_up()
+                raise TimedOut(f"{argv} on the second lab host: no end after {timeout:g} s") from None
             if kind == b"D":
                 break
             output[kind] += payload

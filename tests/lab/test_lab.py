@@ -24,6 +24,7 @@ LAB = ROOT / "scripts/lab"
 def _available() -> None:
     try:
         packages.require_qemu()
+        packages.kernel()
     except packages.Unavailable as error:
         pytest.skip(str(error))
 
@@ -53,6 +54,7 @@ def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not qemus()
 
 
+@pytest.mark.lab(outside=True)
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_host_that_crashes_or_hangs_fails_the_test_it_was_at() -> None:
@@ -83,6 +85,7 @@ def test_a_host_that_crashes_or_hangs_fails_the_test_it_was_at() -> None:
     assert "boots: 3" in done.stdout
 
 
+@pytest.mark.lab(outside=True)
 @pytest.mark.slow
 def test_a_command_gets_input_and_gives_output_and_status() -> None:
     script = "cat; echo problem >&2; uname -n; exit 7"
@@ -92,6 +95,7 @@ def test_a_command_gets_input_and_gives_output_and_status() -> None:
     assert re.search(rb"^lab: up after \d+ s, \d+ s of processor time\nproblem\n$", done.stderr), done.stderr
 
 
+@pytest.mark.lab(outside=True)
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_shell_is_a_terminal_and_ends_with_its_shell() -> None:
@@ -123,6 +127,7 @@ def test_shell_is_a_terminal_and_ends_with_its_shell() -> None:
         os.close(fd)
 
 
+@pytest.mark.lab(outside=True)
 def test_nothing_is_left_when_it_is_killed() -> None:
     with subprocess.Popen([LAB, "--", "true"], stderr=subprocess.DEVNULL, start_new_session=True) as lab:
         while not qemus():
@@ -202,3 +207,21 @@ def test_with_kvm_the_host_processor_is_used() -> None:
     assert words[words.index("-accel") + 1] == "kvm" and words[words.index("-cpu") + 1] == "host"
     assert words[words.index("-machine") + 1] == "q35,kernel-irqchip=split"  # what interrupt remapping needs
     assert "lab.host=lab2" in words[words.index("-append") + 1]
+
+
+def test_a_kernel_whose_unpacking_was_killed_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, files in ((".unpack-x", ["vmlinux", "vmlinuz"]), ("1.2", ["vmlinux"]), ("1.1", ["vmlinux", "vmlinuz"])):
+        place = tmp_path / "ovt/lab/kernel" / name
+        place.mkdir(parents=True)
+        for file in files:
+            (place / file).touch()
+    assert packages.cached() == packages.Kernel("1.1", tmp_path / "ovt/lab/kernel/1.1")
+
+
+@pytest.mark.slow
+@pytest.mark.lab(outside=True)
+def test_a_command_ends_though_others_hold_its_output() -> None:
+    script = "sleep 1000 & echo one; (while :; do echo more; done) & exit 4"
+    done = subprocess.run([LAB, "--", "sh", "-c", script], capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 4 and b"one\n" in done.stdout

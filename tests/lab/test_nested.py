@@ -13,6 +13,7 @@ import pytest
 
 from tests.lab import guest
 from tests.lab.conftest import Modprobe
+from tests.lab.functions import functions
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -40,16 +41,12 @@ def virtual_function() -> Iterator[Path]:
     """One VF of the igb that has an administrative MAC and no driver; afterwards the card is as it was."""
     (netdev,) = os.listdir(PF / "net")
     was_up = "UP" in json.loads(ip("-j", "link", "show", netdev))[0]["flags"]
-    probed = (PF / "sriov_drivers_autoprobe").read_text()
     ip("link", "set", netdev, "up")
-    (PF / "sriov_drivers_autoprobe").write_text("0")
     try:
-        (PF / "sriov_numvfs").write_text("1")
-        ip("link", "set", netdev, "vf", "0", "mac", MAC)
-        yield Path(os.path.realpath(PF / "virtfn0"))
+        with functions(PF, 1, autoprobe=False) as (made,):
+            ip("link", "set", netdev, "vf", "0", "mac", MAC)
+            yield made
     finally:
-        (PF / "sriov_numvfs").write_text("0")
-        (PF / "sriov_drivers_autoprobe").write_text(probed)
         if not was_up:
             ip("link", "set", netdev, "down")
 

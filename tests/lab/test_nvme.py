@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.conftest import Modprobe
+from tests.lab.functions import functions
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -117,16 +118,12 @@ def wait_for_live(function: Path) -> None:
 @pytest.fixture
 def vf(primary: Controller) -> Iterator[Path]:
     """VF 1, offline and without a driver; afterwards there is none, and what it was given is the primary's again."""
-    before = (PF / "sriov_drivers_autoprobe").read_text()
-    (PF / "sriov_drivers_autoprobe").write_text("0")
-    (PF / "sriov_numvfs").write_text("1")
     try:
-        yield DRIVERS / "devices" / os.path.basename(os.readlink(PF / "virtfn0"))
+        with functions(PF, 1, autoprobe=False) as (made,):
+            yield DRIVERS / "devices" / made.name
     finally:
-        (PF / "sriov_numvfs").write_text("0")
         for kind in (QUEUES, INTERRUPTS):
             primary.manage(1, ASSIGN, kind, 0)
-        (PF / "sriov_drivers_autoprobe").write_text(before)
 
 
 def test_four_functions_and_something_to_give_them(primary: Controller) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.lab.conftest import Modprobe
+from tests.lab.functions import functions
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -89,18 +90,6 @@ class Card:
             assert time.monotonic() < deadline, f"{self.netdev} has no carrier"
             time.sleep(0.1)
 
-    @contextlib.contextmanager
-    def functions(self, number: int, *, autoprobe: bool) -> Iterator[list[Path]]:
-        """That many VFs; afterwards the card has none, and its other settings are what they were."""
-        before = self.read("sriov_drivers_autoprobe")
-        self.write("sriov_drivers_autoprobe", int(autoprobe))
-        try:
-            self.write("sriov_numvfs", number)
-            yield self.vfs()
-        finally:
-            self.write("sriov_numvfs", 0)
-            self.write("sriov_drivers_autoprobe", before)
-
 
 @contextlib.contextmanager
 def card_up(address: str) -> Iterator[Card]:
@@ -131,7 +120,7 @@ def other_igb(igb: Card) -> Iterator[Card]:
 @pytest.fixture(scope="module")
 def vfs(igb: Card) -> Iterator[list[Path]]:
     """VFs without a driver, for several tests: making and removing them takes seconds."""
-    with igb.functions(VFS, autoprobe=False) as made:
+    with functions(igb.path, VFS, autoprobe=False) as made:
         yield made
     assert not igb.vfs()
 
@@ -298,7 +287,7 @@ def namespace() -> Iterator[str]:
 
 
 def test_functions_with_autoprobe_are_network_devices(other_igb: Card, namespace: str) -> None:
-    with other_igb.functions(2, autoprobe=True) as vfs:
+    with functions(other_igb.path, 2, autoprobe=True) as vfs:
         assert [driver(vf) for vf in vfs] == ["igbvf", "igbvf"]
         names = [os.listdir(vf / "net")[0] for vf in vfs]
         assert len({*names, other_igb.netdev}) == 3

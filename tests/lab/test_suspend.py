@@ -16,7 +16,7 @@ import pytest
 
 from tests.lab import acpi, initramfs, machine, packages
 
-pytestmark = [pytest.mark.qemu, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.lab(outside=True), pytest.mark.slow, pytest.mark.timeout(240)]
 
 LIMIT = 200  # seconds for the whole boot; 15 on a quiet machine
 ASLEEP = 3  # seconds until the alarm
@@ -114,7 +114,7 @@ def boot(kernel: packages.Kernel, qemu: str) -> tuple[str, bytes]:
         del command[root : root + 2]
         try:
             done = subprocess.run(
-                ["setpriv", "--pdeathsig", "KILL", *command],
+                [*machine.LEASH, str(os.getpid()), *command],
                 pass_fds=wiring.all(),
                 stdin=subprocess.DEVNULL,
                 stdout=wiring.console,

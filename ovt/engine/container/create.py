@@ -161,7 +161,9 @@ class _Creation:
         self.state.save()
         if not enter and into < 0:
             self.cgroup.attach(pid, below)
-            self.record["cgroup"] = cgroup_record(self.cgroup)  # systemd makes it, and so its paths, only here
+            if (made := cgroup_record(self.cgroup)) != self.record["cgroup"]:  # systemd makes it only here
+                self.record["cgroup"] = made
+                self.state.save()
         if delegated and not below:
             self.cgroup.delegate(*delegated)
         self._settle_inside(init, rootfs)

@@ -68,7 +68,8 @@ def slice_path(name: str) -> str:
 class Systemd(Cgroup):
     """`inside` is the V1 or V2 of the scope, None before `attach`, for which `pending` and `lent` keep what was asked.
 
-    `refused` says that systemd would not start the scope: a unit of that name is somebody else's.
+    `refused` says that a unit of that name is, or may be, somebody else's: systemd would not start the scope, or
+    whoever made it was killed before its paths were recorded. Ours then ends with its last process.
     """
 
     __slots__ = (
@@ -119,6 +120,8 @@ class Systemd(Cgroup):
         group = cls(record["slice"], record["unit"], record["bus"], Hierarchies())
         if record["paths"]:
             group.inside = V2.restored(record) if record["mode"] == "v2" else V1.restored(record)
+        else:
+            group.refused = True
         return group
 
     def _bus(self) -> Bus:
@@ -325,6 +328,10 @@ class Systemd(Cgroup):
     def remove(self) -> None:
         """Stop the unit, which by then holds nobody, and remove what is left of its directories."""
         if self.refused:
+            if self.bus:
+                self.bus.close()
+                self.bus = None
+                self.listening = False
             return
         bus = self._listen()
         if job := self._quietly("StopUnit", "ss", self.unit, "replace"):
