@@ -64,8 +64,9 @@ def settle(host: Host, id: str, restart: bool = False) -> Instance | None:
             if policy and not restart and supervised.alive(home):
                 return None  # the exit command is on its way and decides on the next start
             record = supervised.exit_record(home)
-            code = record.code if record else UNKNOWN_EXIT
-            starved = host.engine.cleanup(instance, home)
+            engine = host.engine(instance.kind)
+            code = engine.exit_code(instance, home, record.code) if record else UNKNOWN_EXIT
+            starved = engine.cleanup(instance, home)
             ended = instance._replace(status=Status.STOPPED, pid=0, start_time=0, restart_at=0.0)
             instance = host.store.save(ended._replace(exit_code=code, finished=time.time(), oom_killed=starved))
             host.journal.write("exit", id, instance.name, exit_code=code, **({"oom_killed": True} if starved else {}))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ovt import exits
+from ovt import exits, image
 from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError
 from ovt.journal import Journal
 from ovt.kernel import procfs
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ovt.engine.attach import Detached
     from ovt.engine.base import Engine, Leftover, Process, Stats
     from ovt.engine.guest_log import LogRecord
+    from ovt.engine.vm.engine import VmEngine
 
 _SIGKILL, _SIGTERM = 9, 15
 _KILL_WAIT = 10.0  # seconds a killed guest may take to end
@@ -65,7 +66,7 @@ def _new_name() -> str:
 
 
 class Host:
-    """The instances below `data`, with run-time state below `run`. `engine` is made when it is first needed."""
+    """The instances below `data`, with run-time state below `run`. Engines are made when they are first needed."""
 
     def __init__(
         self,
@@ -80,30 +81,55 @@ class Host:
         self.report = report
         self.store = Store(self.data)
         self.journal = Journal(self.data)
-        self._engine = engine
+        self._engines: dict[Kind, Engine] = {engine.kind: engine} if engine else {}
 
-    @property
-    def engine(self) -> Engine:
-        """What runs the guests."""
-        if self._engine is None:
+    def engine(self, kind: Kind) -> Engine:
+        """What runs guests of this kind."""
+        if kind not in self._engines:
             from ovt.engine.container.engine import ContainerEngine
 
             os.makedirs(self.run_root, mode=0o700, exist_ok=True)
-            self._engine = ContainerEngine(self.run_root, f"{self.data}/images", self.report)
-        return self._engine
+            if kind is Kind.VM:
+                from ovt.engine.vm.engine import VmEngine
+
+                containers = self.engine(Kind.CONTAINER)
+                if not isinstance(containers, ContainerEngine):
+                    containers = ContainerEngine(self.run_root, f"{self.data}/images", self.report)
+                self._engines[kind] = VmEngine(containers, f"{self.data}/images", self.report)
+            else:
+                self._engines[kind] = ContainerEngine(self.run_root, f"{self.data}/images", self.report)
+        return self._engines[kind]
+
+    def _of(self, instance: Instance) -> Engine:
+        return self.engine(instance.kind)
+
+    @property
+    def vms(self) -> VmEngine:
+        """The engine of virtual machines, with what only machines can do."""
+        from ovt.engine.vm.engine import VmEngine
+
+        engine = self.engine(Kind.VM)
+        assert isinstance(engine, VmEngine)
+        return engine
 
     # instances come and go
 
-    def create(self, spec: Spec, name: str = "", labels: Mapping[str, str] | None = None) -> Instance:
-        """Keep a new instance, not started. Conflict when the name is taken; an empty name is made up."""
+    def create(
+        self, spec: Spec, name: str = "", labels: Mapping[str, str] | None = None, kind: Kind | None = None
+    ) -> Instance:
+        """Keep a new instance, not started. Conflict when the name is taken; an empty name is made up.
+
+        Without `kind` the image decides: a machine from a disk image, a container from everything else.
+        """
         if name:
             check_name(name)
-        spec, rootfs = self.engine.prepare(spec)
+        kind = kind or image.kind(spec.image)
+        spec, rootfs = self.engine(kind).prepare(spec)
         for _ in range(20):
             instance = Instance(
                 os.urandom(6).hex(),
                 name or _new_name(),
-                Kind.CONTAINER,
+                kind,
                 time.time(),
                 spec,
                 labels=dict(labels or {}),
@@ -119,12 +145,14 @@ class Host:
             return instance
         raise Conflict("no free name was found in twenty tries", "give one with --name")
 
-    def plan(self, spec: Spec, name: str = "") -> list[str]:
+    def plan(self, spec: Spec, name: str = "", kind: Kind | None = None) -> list[str]:
         """What creating and starting such an instance would do, one line each."""
-        spec, rootfs = self.engine.prepare(spec)
+        kind = kind or image.kind(spec.image)
+        engine = self.engine(kind)
+        spec, rootfs = engine.prepare(spec)
         name = check_name(name) if name else _new_name()
-        instance = Instance("0" * 12, name, Kind.CONTAINER, 0.0, spec, rootfs=rootfs)
-        return [f"instance {name} in {self.store.instances}", *self.engine.plan(instance, self.store.home("ID"))]
+        instance = Instance("0" * 12, name, kind, 0.0, spec, rootfs=rootfs)
+        return [f"instance {name} in {self.store.instances}", *engine.plan(instance, self.store.home("ID"))]
 
     def delete(self, reference: str, force: bool = False) -> Instance | None:
         """Remove an instance; with `force` also one that is alive or damaged. The record, None for a damaged one."""
@@ -141,16 +169,19 @@ class Host:
                 raise
             id = self.store.resolve(reference)
             ghost = Instance(id, "", Kind.CONTAINER, 0.0, Spec(""))
-            self.engine.cleanup(ghost, self.store.home(id))
-            self.engine.destroy(ghost, self.store.home(id))
+            engine = self.engine(
+                Kind.CONTAINER
+            )  # a machine is a container as well, and its files go with the directory
+            engine.cleanup(ghost, self.store.home(id))
+            engine.destroy(ghost, self.store.home(id))
             self.store.discard(id)
             return None
 
     def _remove(self, instance: Instance) -> None:
         home = self.store.home(instance.id)
-        self.engine.cleanup(instance, home)
+        self._of(instance).cleanup(instance, home)
         exits.wait_for_record(home, _KILL_WAIT)  # the supervisor writes there until then
-        self.engine.destroy(instance, home)
+        self._of(instance).destroy(instance, home)
         self.store.remove(instance)
         self.journal.write("delete", instance.id, instance.name)
 
@@ -187,15 +218,16 @@ class Host:
                 self._go(made)
                 stack.close()  # from here on others may stop it
 
-            forward = None if made.spec.tty else lambda number: self.engine.signal(made, number)
-            return supervisor.attach(
+            forward = None if made.spec.tty else lambda number: self._of(made).signal(made, number)
+            code = supervisor.attach(
                 home, stdin, 1, 2, detach_keys=keys, forward_signals=forward, lossless=lossless, on_attached=go
             )
+        return self._of(made).exit_code(made, home, code) if isinstance(code, int) else code
 
     def _make(self, instance: Instance, restarts: int) -> Instance:
         """From an idle instance to one whose program waits; only inside `locked`."""
         home = self.store.home(instance.id)
-        self.engine.cleanup(instance, home)  # what a killed command may have left
+        self._of(instance).cleanup(instance, home)  # what a killed command may have left
         own = os.getpid()
         instance = self.store.save(
             instance._replace(
@@ -208,7 +240,7 @@ class Host:
             )
         )
         try:
-            guest = self.engine.create(
+            guest = self._of(instance).create(
                 instance, home, exits.command(self.data, self.run_root, instance.id), exits.env()
             )
         except OvtError as error:
@@ -226,9 +258,9 @@ class Host:
         pid, start_time = instance.rootfs["guest"]
         rootfs = {key: value for key, value in instance.rootfs.items() if key != "guest"}
         try:
-            self.engine.start(instance)
+            self._of(instance).start(instance)
         except OvtError as error:
-            self.engine.cleanup(instance, self.store.home(instance.id))
+            self._of(instance).cleanup(instance, self.store.home(instance.id))
             self._failed(instance._replace(rootfs=rootfs), error)
             raise
         started = self.store.save(
@@ -244,14 +276,19 @@ class Host:
         self.store.save(instance._replace(status=status, pid=0, start_time=0, error=error.message))
         self.journal.write("fail", instance.id, instance.name, error=error.message)
 
-    def launch(self, image: str, command: Sequence[str] = (), *, name: str = "", **options: Any) -> Instance:
+    def launch(
+        self, image: str, command: Sequence[str] = (), *, name: str = "", kind: Kind | None = None, **options: Any
+    ) -> Instance:
         """Create and start an instance in the background; `options` are members of Spec."""
-        instance = self.create(Spec(image=image, command=tuple(command), **options), name)
+        instance = self.create(Spec(image=image, command=tuple(command), **options), name, kind=kind)
         return self.start(instance.id)
 
-    def run(self, image: str, command: Sequence[str] = (), *, name: str = "", **options: Any) -> int:
+    def run(
+        self, image: str, command: Sequence[str] = (), *, name: str = "", kind: Kind | None = None, **options: Any
+    ) -> int:
         """Run an instance joined to this process's streams, and remove it; its exit status."""
-        instance = self.create(Spec(image=image, command=tuple(command), **{"auto_remove": True, **options}), name)
+        spec = Spec(image=image, command=tuple(command), **{"auto_remove": True, **options})
+        instance = self.create(spec, name, kind=kind)
         code = self.start_attached(instance.id, 0 if instance.spec.stdin else None)
         self.settle(instance.id)
         return code if isinstance(code, int) else 0
@@ -261,8 +298,11 @@ class Host:
         from ovt.engine import supervisor
 
         instance = self._allowed("attach", reference)
-        pass_on = (lambda number: self.engine.signal(instance, number)) if forward and not instance.spec.tty else None
-        return supervisor.attach(self.store.home(instance.id), stdin, 1, 2, detach_keys=keys, forward_signals=pass_on)
+        forward = forward and not instance.spec.tty
+        pass_on = (lambda number: self._of(instance).signal(instance, number)) if forward else None
+        home = self.store.home(instance.id)
+        code = supervisor.attach(home, stdin, 1, 2, detach_keys=keys, forward_signals=pass_on)
+        return self._of(instance).exit_code(instance, home, code) if isinstance(code, int) else code
 
     def stop(self, reference: str, timeout: float | None = None) -> Instance:
         """Ask an instance to end, kill it after `timeout` seconds (its own by default); fine when it is not alive."""
@@ -276,13 +316,13 @@ class Host:
                 instance = self.store.save(instance._replace(status=Status.STOPPED, pid=0, start_time=0))
                 self.journal.write("stop", instance.id, instance.name)
                 return instance
-            self.engine.signal(instance, instance.spec.stop_signal or _SIGTERM)
+            self._of(instance).signal(instance, instance.spec.stop_signal or _SIGTERM)
             if status is Status.PAUSED:
-                self.engine.freeze(instance, False)
+                self._of(instance).freeze(instance, False)
                 instance = self.store.save(instance._replace(status=Status.RUNNING))
         home = self.store.home(instance.id)
         if not exits.wait_for_record(home, instance.spec.stop_timeout if timeout is None else timeout):
-            self.engine.signal(instance, _SIGKILL, everyone=True)
+            self._of(instance).signal(instance, _SIGKILL, everyone=True)
             exits.wait_for_record(home, _KILL_WAIT)
         self.journal.write("stop", instance.id, instance.name)
         self.settle(instance.id)
@@ -304,7 +344,7 @@ class Host:
             require("kill", instance.name, self.store.observe(instance))
             if signal in {_SIGKILL, instance.spec.stop_signal or _SIGTERM}:
                 instance = self.store.save(instance._replace(stop_wanted=True))
-            self.engine.signal(instance, signal)
+            self._of(instance).signal(instance, signal)
         self.journal.write("kill", instance.id, instance.name, signal=signal)
         return instance
 
@@ -319,7 +359,7 @@ class Host:
     def _freeze(self, verb: str, reference: str, frozen: bool, status: Status) -> Instance:
         with self.store.locked(reference) as instance:
             require(verb, instance.name, self.store.observe(instance))
-            self.engine.freeze(instance, frozen)
+            self._of(instance).freeze(instance, frozen)
             instance = self.store.save(instance._replace(status=status))
         self.journal.write(verb, instance.id, instance.name)
         return instance
@@ -331,7 +371,7 @@ class Host:
             require("update", instance.name, status)
             wanted: Limits = instance.spec.limits._replace(**limits)
             if status in LIVE:
-                self.engine.update(instance, wanted)
+                self._of(instance).update(instance, wanted)
             spec = instance.spec._replace(limits=wanted, restart=restart or instance.spec.restart)
             instance = self.store.save(instance._replace(spec=spec), durable=True)
         self.journal.write("update", instance.id, instance.name)
@@ -352,8 +392,9 @@ class Host:
             if status in IDLE and instance.status not in LIVE:
                 return instance.exit_code
             if instance.status in LIVE:  # alive, or dead and removed with its record as soon as it is settled
-                record = exits.wait_for_record(self.store.home(id), 1.0 if status in LIVE else 0.0)
-                code = record.code if record else code
+                home = self.store.home(id)
+                record = exits.wait_for_record(home, 1.0 if status in LIVE else 0.0)
+                code = self._of(instance).exit_code(instance, home, record.code) if record else code
             else:
                 time.sleep(0.05)
             self.settle(id)
@@ -368,7 +409,7 @@ class Host:
         """Run a program in a living instance; its exit status, or with `detach` its pid."""
         instance = self._allowed("exec", reference)
         self.journal.write("exec", instance.id, instance.name, command=list(process.command))
-        return self.engine.exec(instance, self.store.home(instance.id), process, detach)
+        return self._of(instance).exec(instance, self.store.home(instance.id), process, detach)
 
     def copy_into(self, source: str, reference: str, target: str) -> None:
         """Copy the host's `source` to the path `target` in an instance."""
@@ -381,7 +422,7 @@ class Host:
     def _copy(self, reference: str, source: str, target: str, into: bool) -> None:
         instance = self._allowed("cp", reference)
         alive = self.store.observe(instance) in LIVE
-        self.engine.copy(instance, self.store.home(instance.id), alive, source, target, into)
+        self._of(instance).copy(instance, self.store.home(instance.id), alive, source, target, into)
 
     # questions
 
@@ -396,11 +437,13 @@ class Host:
 
     def stats(self, reference: str) -> Stats:
         """What a living instance uses now."""
-        return self.engine.stats(self._allowed("stats", reference))
+        instance = self._allowed("stats", reference)
+        return self._of(instance).stats(instance)
 
     def processes(self, reference: str) -> Sequence[dict[str, Any]]:
         """All processes in an instance; see Engine.processes."""
-        return self.engine.processes(self._allowed("top", reference))
+        instance = self._allowed("top", reference)
+        return self._of(instance).processes(instance)
 
     def logs(self, reference: str, **options: Any) -> Iterator[LogRecord]:
         """What an instance has written; see ovt.engine.guest_log.read_log for `options`."""

@@ -31,7 +31,7 @@ def find(host: Host, fix: bool = False) -> list[Leftover]:
             continue  # being changed, or just deleted
     for id in damaged:
         found.append(Leftover("record", id, f"its record cannot be read: ovt delete --force {id} removes it"))
-    found += host.engine.leftovers(lambda id: os.path.isdir(host.store.home(id)), fix)
+    found += host.engine(Kind.CONTAINER).leftovers(lambda id: os.path.isdir(host.store.home(id)), fix)
     return found
 
 
@@ -49,8 +49,9 @@ def _unfinished(host: Host, fix: bool) -> list[Leftover]:
         found.append(Leftover("instance", id, f"half {half}"))
         if fix:
             ghost = Instance(id, "", Kind.CONTAINER, 0.0, Spec(""))
-            host.engine.cleanup(ghost, path)
-            host.engine.destroy(ghost, path)
+            engine = host.engine(Kind.CONTAINER)
+            engine.cleanup(ghost, path)
+            engine.destroy(ghost, path)
             shutil.rmtree(path)
     return found
 
@@ -61,7 +62,7 @@ def _of_instance(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
     status = host.store.observe(instance)
 
     def clean(new: Status) -> None:
-        host.engine.cleanup(instance, home)
+        host.engine(instance.kind).cleanup(instance, home)
         host.store.save(instance._replace(status=new, pid=0, start_time=0))
 
     if status is Status.BROKEN:
@@ -71,7 +72,7 @@ def _of_instance(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
         reason = "its supervisor was killed while it ran" if status in LIVE else "nobody wrote down its end"
         return _finish(instance, reason, fix, lambda: clean(Status.STOPPED))
     if status not in LIVE and instance.status not in LIVE and status is not Status.RESTARTING:
-        if host.engine.status(instance) in {*LIVE, Status.CREATED}:
+        if host.engine(instance.kind).status(instance) in {*LIVE, Status.CREATED}:
             return _finish(instance, f"it is {status.value}, and its container lives", fix, lambda: clean(status))
     return []
 

@@ -1,6 +1,6 @@
 """What an instance is: plain records, the states it can be in, and which verb is allowed in which state. No I/O.
 
-An instance is a guest under a name: a container now, a virtual machine later. `Spec` is what its owner asked for and
+An instance is a guest under a name: a container or a virtual machine. `Spec` is what its owner asked for and
 changes only by `update` and `rename`; the rest of `Instance` is what happened to it. Records travel as JSON objects
 that leave out whatever has its default, so that a thousand of them are read quickly.
 """
@@ -11,12 +11,17 @@ from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
 from ovt.errors import StateError, UsageError
+from ovt.hardware_spec import Disk as Disk
+from ovt.hardware_spec import Machine as Machine
+from ovt.hardware_spec import Nic as Nic
+from ovt.hardware_spec import Seed as Seed
 
 
 class Kind(StrEnum):
     """Which engine runs the instance."""
 
     CONTAINER = "container"
+    VM = "vm"
 
 
 class Status(StrEnum):
@@ -28,11 +33,12 @@ class Status(StrEnum):
     PAUSED = "paused"
     RESTARTING = "restarting"
     STOPPED = "stopped"
+    SAVED = "saved"  # a machine whose memory is on the disk, where its next start goes on
     BROKEN = "broken"  # the command that was changing it was killed
 
 
 LIVE = frozenset({Status.RUNNING, Status.PAUSED})
-IDLE = frozenset({Status.CREATED, Status.STOPPED, Status.BROKEN})
+IDLE = frozenset({Status.CREATED, Status.STOPPED, Status.SAVED, Status.BROKEN})
 _EVERY = frozenset(Status)
 _SETTLED = LIVE | IDLE | {Status.RESTARTING}
 
@@ -56,6 +62,19 @@ TRANSITIONS: dict[str, tuple[frozenset[Status], Status | None]] = {
     "inspect": (_EVERY, None),
     "logs": (_EVERY, None),
     "wait": (_EVERY, None),
+    # of virtual machines alone
+    "console": (LIVE, None),
+    "guest": (frozenset({Status.RUNNING}), None),
+    "reset": (LIVE, None),
+    "suspend": (frozenset({Status.RUNNING}), None),
+    "wake": (LIVE, None),
+    "screenshot": (LIVE, None),
+    "save": (LIVE, Status.SAVED),
+    "device": (LIVE | IDLE, None),
+    "snapshot": (LIVE | IDLE, None),
+    "clone": (LIVE | IDLE, None),
+    "template": (LIVE, None),
+    "migrate": (LIVE, None),
 }
 
 _HINTS: dict[Status, str] = {
@@ -65,6 +84,7 @@ _HINTS: dict[Status, str] = {
     Status.PAUSED: "ovt resume {name}",
     Status.RESTARTING: "ovt stop {name}",
     Status.STOPPED: "ovt start {name}",
+    Status.SAVED: "ovt start {name}",
     Status.BROKEN: "ovt check --fix, or ovt delete --force {name}",
 }
 _VERB_HINTS: dict[tuple[str, Status], str] = {
@@ -201,6 +221,7 @@ class Security(NamedTuple):
 
 
 _TUPLES = ("entrypoint", "command", "env", "sysctls", "add_hosts")
+_NO_MACHINE = Machine()
 
 
 class Spec(NamedTuple):
@@ -231,6 +252,7 @@ class Spec(NamedTuple):
     stop_signal: int = 0  # 0: the image's, or TERM
     stop_timeout: float = 10.0
     rootfs_in_place: bool = False  # run on the image directory itself instead of on a layer above it
+    machine: Machine = _NO_MACHINE  # of a virtual machine only
 
     @classmethod
     def unpack(cls, data: dict[str, Any]) -> Spec:
@@ -241,7 +263,7 @@ class Spec(NamedTuple):
         for name, record in (("volumes", Volume), ("devices", Device), ("ulimits", Ulimit)):
             if name in data:
                 data[name] = tuple(record.unpack(item) for item in data[name])
-        for name, part in (("limits", Limits), ("security", Security), ("restart", Restart)):
+        for name, part in (("limits", Limits), ("security", Security), ("restart", Restart), ("machine", Machine)):
             if name in data:
                 data[name] = part.unpack(data[name])
         return cls(**data)

@@ -116,6 +116,9 @@ class FakeEngine:
         self.traces.discard(instance.id)
         return instance.id in self.starved
 
+    def exit_code(self, instance: Instance, home: str, code: int) -> int:
+        return code
+
     def destroy(self, instance: Instance, home: str) -> None:
         self._note("destroy", instance.id)
 

@@ -20,17 +20,19 @@ LIBRARIES = ("ovf", "sriov", "power")
 MAY_IMPORT = {
     "errors": set(),
     "kernel": set(),
-    "model": set(),
+    "hardware_spec": set(),  # the part of model that is about virtual machines
+    "model": {"hardware_spec"},
     "store": {"model", "kernel"},
     "journal": {"model", "kernel"},
     "exits": {"host", "model", "store", "journal", "engine", "kernel"},  # the other half of host, after a guest's end
-    "leftovers": {"host", "model", "store", "engine"},  # another half of host: what killed commands have left
+    "leftovers": {"host", "model", "store", "engine", "machines"},  # another half of host: what killed commands left
+    "machines": {"host", "model", "store", "journal", "exits", "engine", "image", "kernel"},  # host, for machines alone
     "image": {"model", "kernel"},
     "network": {"model", "kernel"},
     "engine": {"model", "kernel", "image", "network"},
     "runtime": {"engine", "kernel"},
     "host": {"model", "store", "journal", "exits", "leftovers", "engine", "image", "network", "kernel"},
-    "cli": {"host", "model", "store", "engine", "image", "network"},
+    "cli": {"host", "model", "store", "engine", "image", "network", "machines"},
 }
 
 # ovt-runtime is started three to five times per container. What its own modules name, in a function or not, and all

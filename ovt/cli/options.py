@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
-from ovt.cli import values
+from ovt import image
+from ovt.cli import machine_options, values
 from ovt.cli.context import ImageName, Parsed
 from ovt.errors import NotFound, UsageError
-from ovt.model import Limits, Restart, Security, Spec
+from ovt.model import Kind, Limits, Restart, Security, Spec
 
 _SIZE = Parsed("size", values.parse_size)
+STOP_TIMEOUTS = {Kind.CONTAINER: 10.0, Kind.VM: 90.0}  # seconds; a machine takes a system down
 
 
 def _many(*names: str, metavar: str, help: str, parse: Callable[[str], Any] | None = None) -> Any:
@@ -48,7 +50,8 @@ _OPTIONS = [
     click.option("--privileged", is_flag=True, help="Give all capabilities and devices, mask and filter nothing."),
     _many("--security-opt", metavar="OPTION", help="seccomp=FILE|unconfined, apparmor=, label=, no-new-privileges."),
     click.option("--userns", type=click.Choice(["auto", "host"]), default="host", help="auto: ids of its own."),
-    click.option("--network", type=click.Choice(["none", "host"]), default="none", show_default=True),
+    click.option("--network", default="", metavar="NETWORK",
+                 help="none or host; VM: also user, tap:NAME, bridge:NAME. none, for a VM user when not given."),
     click.option("--hostname", default="", help="Its host name; its name when not given."),
     _many("--add-host", metavar="NAME:IP", help="A line of /etc/hosts.", parse=values.parse_host),
     _many("--sysctl", metavar="KEY=VALUE", help="A kernel parameter of its namespaces.", parse=values.parse_pair),
@@ -56,9 +59,10 @@ _OPTIONS = [
     click.option("--restart", type=Parsed("policy", Restart.parse), default="no", show_default=True,
                  help="no, on-failure[:N], always or unless-stopped."),
     click.option("--stop-signal", type=Parsed("signal", values.parse_signal), default=0, help="TERM when not given."),
-    click.option("--stop-timeout", type=Parsed("duration", values.parse_duration), default="10s", show_default=True,
-                 help="How long stop waits before it kills."),
+    click.option("--stop-timeout", type=Parsed("duration", values.parse_duration), default=None,
+                 help="How long stop waits before it kills: 10s, for a VM 90s when not given."),
     _many("-l", "--label", metavar="KEY=VALUE", help="A note for people and filters.", parse=values.parse_pair),
+    *machine_options.OPTIONS,
     click.option("--dry-run", is_flag=True, help="Only say what would be done."),
     click.argument("image", type=ImageName()),
     click.argument("command", nargs=-1, type=click.UNPROCESSED),
@@ -72,14 +76,15 @@ def instance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def spec_of(given: dict[str, Any]) -> tuple[Spec, str, dict[str, str]]:
-    """The Spec, the name and the labels that the values of the options ask for; UsageError for a contradiction."""
+def spec_of(given: dict[str, Any]) -> tuple[Spec, str, dict[str, str], Kind]:
+    """The Spec, the name, the labels and the kind that the options ask for; UsageError for a contradiction."""
+    kind = machine_options.kind_of(given) or image.kind(given["image"])
     if given["auto_remove"] and given["restart"].policy != "no":
         raise UsageError("--rm and --restart together", "an instance is removed at its end, or started again")
     entrypoint = given["entrypoint"]
     spec = Spec(
         image=given["image"],
-        command=given["command"],
+        command=given["command"][1:] if given["command"][:1] == ("--",) else given["command"],
         entrypoint=None if entrypoint is None else _words(entrypoint),
         env=_environment(given["env_file"], given["env"]),
         workdir=_directory(given["workdir"]),
@@ -87,7 +92,7 @@ def spec_of(given: dict[str, Any]) -> tuple[Spec, str, dict[str, str]]:
         tty=given["tty"],
         stdin=given["interactive"],
         hostname=given["hostname"],
-        network=given["network"],
+        network=given["network"] or ("user" if kind is Kind.VM else "none"),
         add_hosts=given["add_host"],
         init=given["init"],
         read_only=given["read_only"],
@@ -101,11 +106,14 @@ def spec_of(given: dict[str, Any]) -> tuple[Spec, str, dict[str, str]]:
         restart=given["restart"],
         auto_remove=given["auto_remove"],
         stop_signal=given["stop_signal"],
-        stop_timeout=given["stop_timeout"],
+        stop_timeout=given["stop_timeout"] if given["stop_timeout"] is not None else STOP_TIMEOUTS[kind],
         rootfs_in_place=given["in_place"],
+        machine=machine_options.machine_of(given),
     )
+    if kind is Kind.CONTAINER and spec.network not in {"none", "host"}:
+        raise UsageError(f"a container has no network {spec.network!r}", "--network none or --network host")
     labels = dict(pair.split("=", 1) for pair in given["label"])
-    return spec, given["name"], labels
+    return spec, given["name"], labels, kind
 
 
 def _words(text: str) -> tuple[str, ...]:

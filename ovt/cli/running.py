@@ -25,13 +25,13 @@ def create(app: App, /, dry_run: bool, **given: Any) -> int:
 
     IMAGE is a directory with a root file system, a tar archive of one, or busybox.
     """
-    spec, name, labels = spec_of(given)
+    spec, name, labels, kind = spec_of(given)
     if dry_run or app.verbose:
-        for line in app.host.plan(spec, name):
+        for line in app.host.plan(spec, name, kind):
             (output.result if dry_run else output.note)(line)
     if not dry_run:
         app.subject = name or spec.image
-        instance = app.host.create(spec, name, labels)
+        instance = app.host.create(spec, name, labels, kind)
         output.result(instance.id if app.quiet else instance.name)
     return 0
 
@@ -47,16 +47,16 @@ def run(app: App, /, detach: bool, detach_keys: str, dry_run: bool, **given: Any
     IMAGE is a directory with a root file system, a tar archive of one, or busybox. The exit status is that of
     COMMAND; 125 when ovt fails, 126 when COMMAND cannot be run, 127 when there is none.
     """
-    spec, name, labels = spec_of(given)
+    spec, name, labels, kind = spec_of(given)
     if not detach and spec.tty and spec.stdin and not os.isatty(0):
         raise UsageError("-it, but standard input is not a terminal", "leave out -t, or use -d")
     if dry_run or app.verbose:
-        for line in app.host.plan(spec, name):
+        for line in app.host.plan(spec, name, kind):
             (output.result if dry_run else output.note)(line)
     if dry_run:
         return 0
     app.subject = name or spec.image
-    instance = app.host.create(spec, name, labels)
+    instance = app.host.create(spec, name, labels, kind)
     app.subject = instance.name
     try:
         if detach:

@@ -180,6 +180,31 @@ def parse_host(text: str) -> str:
     return f"{name}:{address.strip('[]')}"
 
 
+def parse_publish(text: str) -> str:
+    """PROTOCOL:ADDRESS:PORT:GUEST from `8080:80`, `127.0.0.1:8080:80`, `5353:53/udp`. UsageError otherwise."""
+    ports, _, protocol = text.partition("/")
+    *address, port, guest = ports.rsplit(":", 2) if ":" in ports else ("", "")
+    numbers = [int(part) if part.isdigit() else 0 for part in (port, guest)]
+    if protocol not in {"", "tcp", "udp"} or not all(0 < number < 65536 for number in numbers):
+        raise UsageError(f"{text!r} does not say which port leads to which", "[ADDRESS:]PORT:GUEST_PORT[/udp]")
+    where = address[0] if address else "127.0.0.1"  # the whole network only when that is said
+    import socket
+
+    try:
+        socket.inet_pton(socket.AF_INET, where)
+    except OSError:
+        raise UsageError(f"{where!r} is no IPv4 address", "127.0.0.1:8080:80") from None
+    return f"{protocol or 'tcp'}:{where}:{numbers[0]}:{numbers[1]}"
+
+
+def is_mac(text: str) -> bool:
+    """Whether `text` is the hardware address of one card: six bytes, not a group's, not zero."""
+    parts = text.split(":")
+    if len(parts) != 6 or not all(len(part) == 2 and set(part) <= set("0123456789abcdef") for part in parts):
+        return False
+    return not int(parts[0], 16) & 1 and any(part != "00" for part in parts)
+
+
 def show_size(count: float) -> str:
     """`12.3MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

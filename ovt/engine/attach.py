@@ -74,15 +74,15 @@ def attach(
     with guest, ExitStack() as stack:
         guest.setblocking(False)
         session = _Session(guest, stdin if takes_input else None, stdout, stderr)
-        session.wakeup = stack.enter_context(_wakeup())
+        session.wakeup = stack.enter_context(wakeup())
         if tty:
             session.resize()
-            stack.enter_context(_handlers((signal.SIGWINCH,), lambda _: session.resize()))
+            stack.enter_context(handlers((signal.SIGWINCH,), lambda _: session.resize()))
         if tty and session.stdin is not None and os.isatty(session.stdin):
             session.keys = keys
-            stack.enter_context(_raw(session.stdin))
+            stack.enter_context(raw_terminal(session.stdin))
         if forward_signals:
-            stack.enter_context(_handlers(FORWARDED, forward_signals))
+            stack.enter_context(handlers(FORWARDED, forward_signals))
         if on_attached:
             on_attached()
         status = session.run()
@@ -215,13 +215,14 @@ class _Session:
         if packet[0] == ord("L"):
             count = int.from_bytes(packet[1:], "big")
             text = f"ovt: {count} bytes of output were skipped here, this end was too slow; the log has them\r\n"
-            _write(self.stderr, text.encode())
+            write_all(self.stderr, text.encode())
         elif packet[0] in self.outputs:
-            _write(self.outputs[packet[0]], packet[1:])
+            write_all(self.outputs[packet[0]], packet[1:])
         return None
 
 
-def _write(fd: int | None, data: bytes) -> None:
+def write_all(fd: int | None, data: bytes) -> None:
+    """Write all of `data`, waiting where the other end is slow; None throws it away."""
     while fd is not None and data:
         try:
             data = data[os.write(fd, data) :]
@@ -244,7 +245,7 @@ def _in_main_thread() -> bool:
 
 
 @contextmanager
-def _wakeup() -> Iterator[int]:
+def wakeup() -> Iterator[int]:
     """A descriptor that becomes readable with every signal: one that comes just before poll() must not wait in it."""
     if not _in_main_thread():
         yield -1
@@ -260,7 +261,7 @@ def _wakeup() -> Iterator[int]:
 
 
 @contextmanager
-def _handlers(numbers: tuple[signal.Signals, ...], call: Callable[[int], None]) -> Iterator[None]:
+def handlers(numbers: tuple[signal.Signals, ...], call: Callable[[int], object]) -> Iterator[None]:
     """Call `call` for these signals; nothing outside the main thread, where Python allows no handlers."""
     if not _in_main_thread():
         yield
@@ -274,7 +275,7 @@ def _handlers(numbers: tuple[signal.Signals, ...], call: Callable[[int], None]) 
 
 
 @contextmanager
-def _raw(fd: int) -> Iterator[None]:
+def raw_terminal(fd: int) -> Iterator[None]:
     """Raw mode, given back on every way out; a signal that would end us gives it back first."""
     import termios
     import tty
@@ -287,7 +288,7 @@ def _raw(fd: int) -> Iterator[None]:
         os.kill(os.getpid(), number)
 
     fatal = tuple(number for number in FATAL if signal.getsignal(number) is signal.SIG_DFL)
-    with _handlers(fatal, die):
+    with handlers(fatal, die):
         try:
             tty.setraw(fd, termios.TCSADRAIN)  # not TCSAFLUSH: what was typed ahead is for the guest
             yield

@@ -1,4 +1,4 @@
-"""The protocol between the host and what runs its guests: fifteen methods, implemented by the container engine.
+"""The protocol between the host and what runs its guests, implemented by the engines for containers and machines.
 
 An engine knows how a guest is made and reached; it keeps no list of instances and decides no policy: the store, names,
 restart policies and locks belong to the host. `home` is the instance's directory, for the engine to keep files in
@@ -116,6 +116,9 @@ class Engine(Protocol):
         The instance's files stay. Safe to repeat; also finishes what a killed `create` left. True when the kernel has
         killed processes of the guest because its memory limit was reached.
         """
+
+    def exit_code(self, instance: Instance, home: str, code: int) -> int:
+        """The exit status to tell of a guest whose first process has ended with `code`."""
 
     def destroy(self, instance: Instance, home: str) -> None:
         """Remove the engine's files in `home`; only after `cleanup`."""

@@ -1,7 +1,8 @@
 /* ovt-supervisor: the one small process beside a detached guest, container or virtual machine alike.
  *
  *   ovt-supervisor --pid N --dir DIR [--name TEXT] [--stdin FD] [--stdout FD --stderr FD | --pty FD]
- *                  [--log PATH --log-max BYTES --log-files N] [--ready FD] [--exit-command PROGRAM ARGUMENT...]
+ *                  [--log PATH --log-max BYTES --log-files N] [--events FD] [--ready FD]
+ *                  [--exit-command PROGRAM ARGUMENT...]
  *
  * supervisor.py forks, creates the guest and executes this program in place, so the guest is its child. It copies the
  * guest's output to the log and to attach clients, reaps the guest, writes DIR/exit.json and becomes the exit
@@ -9,6 +10,7 @@
  * All memory is static or, for what a client has not taken, one lazily mapped queue: a supervisor that waits costs
  * little more than its stack, and no libc is linked (freestanding.c). Needs Linux 5.9 (close_range).
  *
+ * Events: what the guest's hypervisor tells on --events (QMP, lines of JSON) is appended to DIR/qmp.log as it is.
  * Log: CRI lines, `2026-11-22T16:00:00.000000000Z stdout F text`; P instead of F where the line goes on.
  * Attach: DIR/attach.sock is SOCK_SEQPACKET; every packet is one letter and its data.
  *   from clients  H flags      first packet; 1 = lossless (the guest waits for me), 2 = quiet (only the exit, please)
@@ -31,6 +33,7 @@ enum {
     QUEUE = 4 << 20,         /* holds two full pipes of the largest size an unprivileged guest can set (1 MiB) */
     DRAIN_MS = 500,          /* how long output of left-over grandchildren is awaited after the guest's end */
     PTY_RETRY_MS = 1000,     /* how often a terminal that nobody has open is looked at, at least */
+    EVENTS_MAX = 4 << 20,    /* bytes of qmp.log before it becomes qmp.log.1 */
     EXIT_RETRY_MS = 100,     /* between attempts to write exit.json on a full disk … */
     EXIT_RETRIES = 600,      /* … and how many: one minute */
 };
@@ -53,6 +56,7 @@ static struct { int directory, fd, files, error; const char *name; uint64_t size
     .directory = -1, .fd = -1, .files = 1, .max = UINT64_MAX };
 static char batch[BATCH], chunk[CHUNK + 1];
 static size_t batched;
+static int events = -1, events_file = -1;
 static int directory = -1, listener = -1, ready = -1, signals = -1, ended, status;
 static pid_t guest;
 static int pty_sleep;             /* milliseconds until a terminal that nobody has open is read again; 0: it is open */
@@ -369,6 +373,26 @@ static int output_read(int stream) {
     return 1;
 }
 
+/* Events that the disk does not take are lost; the hypervisor must not wait for it. */
+static void events_read(void) {
+    ssize_t n = read(events, chunk, CHUNK);
+    struct stat seen;
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (n <= 0) {
+        close(events);
+        events = -1;
+        return;
+    }
+    if (events_file >= 0 && fstat(events_file, &seen) == 0 && seen.st_size > EVENTS_MAX && chunk[n - 1] == '\n') {
+        renameat(directory, "qmp.log", directory, "qmp.log.1");
+        close(events_file);
+        events_file = -1;
+    }
+    if (events_file < 0)
+        events_file = open_at(directory, "qmp.log", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (events_file >= 0 && write(events_file, chunk, n) < 0) return;
+}
+
 /* What was written before the guest ended is in the pipes: all of that is read. Others may hold the pipes open. */
 static void drain(void) {
     int64_t deadline = milliseconds() + DRAIN_MS, left = DRAIN_MS;
@@ -434,6 +458,7 @@ static void finish(char **command) {
     struct timespec when;
     clock_gettime(CLOCK_REALTIME, &when);
     drain();
+    for (struct pollfd more = { events, POLLIN, 0 }; events >= 0 && poll(&more, 1, 0) == 1;) events_read();
     for (struct pollfd more = { listener, POLLIN, 0 }; poll(&more, 1, 0) == 1;) client_accept();
     for (struct client *c = clients; c < clients + CLIENTS; c++)
         if (c->fd && !c->greeted) input.length = 0, client_read(c);
@@ -516,32 +541,34 @@ static void log_at(char *path) {
 }
 
 static void serve(void) {
-    enum { SIGNALS, LISTENER, OUTPUT, INPUT = OUTPUT + 2, FIRST };
+    enum { SIGNALS, LISTENER, EVENTS, OUTPUT, INPUT = OUTPUT + 2, FIRST };
     struct pollfd waiting[FIRST + CLIENTS];
     waiting[SIGNALS] = (struct pollfd) { signals, POLLIN, 0 };
     waiting[LISTENER] = (struct pollfd) { listener, POLLIN, 0 };
     while (!ended) {
+        waiting[EVENTS] = (struct pollfd) { events, POLLIN, 0 };
         for (int i = 0; i < 2; i++)            /* a filled queue is a lossless client that the guest waits for */
             waiting[OUTPUT + i] = (struct pollfd) { queue.length || pty_sleep ? -1 : outputs[i].fd, POLLIN, 0 };
         waiting[INPUT] = (struct pollfd) { input.length ? input.fd : -1, POLLOUT, 0 };
         for (int i = 0; i < CLIENTS; i++) {
             struct client *c = &clients[i];
-            int events = (input.length ? 0 : POLLIN) | (c->behind || c->skipped ? POLLOUT : 0);
-            waiting[FIRST + i] = (struct pollfd) { c->fd && !(c->hung_up && input.length) ? c->fd : -1, events, 0 };
+            int wanted = (input.length ? 0 : POLLIN) | (c->behind || c->skipped ? POLLOUT : 0);
+            waiting[FIRST + i] = (struct pollfd) { c->fd && !(c->hung_up && input.length) ? c->fd : -1, wanted, 0 };
         }
         if (poll(waiting, FIRST + CLIENTS, pty_sleep ? pty_sleep : -1) < 0) continue;
         if (waiting[INPUT].revents) input_flush();
         for (int i = 0; i < CLIENTS; i++) {
             struct client *c = &clients[i];
-            int events = waiting[FIRST + i].revents;
-            if (events & (POLLHUP | POLLERR)) c->hung_up = 1, c->behind = 0, c->skipped = 0;
-            if ((events & POLLOUT) && !c->hung_up) client_flush(c);
-            if ((events & (POLLIN | POLLHUP | POLLERR)) && !input.length) client_read(c);
+            int got = waiting[FIRST + i].revents;
+            if (got & (POLLHUP | POLLERR)) c->hung_up = 1, c->behind = 0, c->skipped = 0;
+            if ((got & POLLOUT) && !c->hung_up) client_flush(c);
+            if ((got & (POLLIN | POLLHUP | POLLERR)) && !input.length) client_read(c);
         }
         queue_release();
         if (waiting[LISTENER].revents) client_accept();
         for (int i = 0; i < 2; i++)
             if (outputs[i].fd >= 0 && !queue.length && (waiting[OUTPUT + i].revents || pty_sleep)) output_read(i);
+        if (waiting[EVENTS].revents) events_read();
         if (waiting[SIGNALS].revents) reap();
     }
 }
@@ -561,6 +588,7 @@ static int run(int argc, char **argv) {
         else if (!strcmp(key, "--log")) log = value;
         else if (!strcmp(key, "--log-max")) logging.max = number(value);
         else if (!strcmp(key, "--log-files")) logging.files = number(value);
+        else if (!strcmp(key, "--events")) events = number(value);
         else if (!strcmp(key, "--ready")) ready = number(value);
         else if (!strcmp(key, "--exit-command")) command = argv + i + 1;
         else guest = 0;
@@ -576,7 +604,7 @@ static int run(int argc, char **argv) {
     int null = open_at(AT_FDCWD, "/dev/null", O_RDWR | O_CLOEXEC, 0);
     for (int fd = 0; fd < 3; fd++)
         if (null < 0 || dup2(null, fd) < 0) fail("/dev/null");
-    keep_only((int[]) { input.fd, outputs[0].fd, outputs[1].fd, ready }, 4);
+    keep_only((int[]) { input.fd, outputs[0].fd, outputs[1].fd, events, ready }, 5);
     siginfo_t seen;
     if (waitid(P_PID, guest, &seen, WEXITED | WNOHANG | WNOWAIT) < 0) fail("--pid is not a child of this process");
     if (control_process(PR_SET_CHILD_SUBREAPER, 1) < 0) fail("PR_SET_CHILD_SUBREAPER");
@@ -593,6 +621,7 @@ static int run(int argc, char **argv) {
     nonblocking(input.fd);
     nonblocking(outputs[0].fd);
     nonblocking(outputs[1].fd);
+    nonblocking(events);
     listen_at(path);
     if (log) log_at(log);
     if (chdir("/") < 0) fail("/");

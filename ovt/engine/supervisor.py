@@ -7,6 +7,7 @@ and leaves `exit.json`. The instance directory holds
     supervisor.json   pid and start time of the supervisor and of the guest; written before the supervisor runs
     attach.sock       for `attach`; gone or refusing once the guest has ended
     log, log.1 …      for `read_log`; the path is the caller's choice
+    qmp.log           what came from `Stdio.events`
     exit.json         the guest's end; complete or absent, never torn
 
 It is not a manager: restart policies, `--rm` and cleaning up belong to the exit command. It knows no containers;
@@ -70,6 +71,7 @@ class Stdio:
         self._master = -1
         self._guest_ends: list[int] = []
         self._arguments: dict[str, int] = {}
+        self.events = -1  # set by make_child: a QMP connection, read into qmp.log from then on
         self.stdin = self.stdout = self.stderr = null = os.open(os.devnull, os.O_RDWR)
         self._guest_ends.append(null)
         if tty:
@@ -115,6 +117,8 @@ class Stdio:
             self._arguments["--pty"] = self._master
             if self._open_stdin:
                 self._arguments["--stdin"] = self._master
+        if self.events >= 0:
+            self._arguments["--events"] = self.events
         return self._arguments
 
     def _receive_master(self, listener: socket) -> int:

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from ovt.errors import NotFound, OvtError, UsageError
+from ovt.model import Kind
 
 BUSYBOX = "busybox"
 _TEMPORARY = ".new-"
+_ISO = 0x8000  # where the first descriptor of an ISO 9660 file system is
 
 Report = Callable[[str], None]  # is given one line for each step that takes time
 Mapped = Callable[[Callable[[], None]], None]  # runs a function with the owner's ids mapped
@@ -31,6 +33,23 @@ class Image(NamedTuple):
     digest: str = ""
     command: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
+
+
+def kind(reference: str) -> Kind:
+    """What an instance of this image is to be: a machine if it is a disk image, else a container."""
+    path = os.path.abspath(os.path.expanduser(reference))
+    if reference == BUSYBOX or not os.path.isfile(path):
+        return Kind.CONTAINER
+    with open(path, "rb") as file:
+        head = file.read(_ISO + 6)
+    disk = (
+        head.startswith((b"QFI\xfb", b"KDMV", b"COWD", b"# Disk DescriptorFile", b"vhdxfile", b"conectix"))
+        or head[0x40:0x44] == b"\x7f\x10\xda\xbe"  # VDI
+        or head[_ISO + 1 : _ISO + 6] == b"CD001"
+        or (head[510:512] == b"\x55\xaa" and head[257:262] != b"ustar")  # a boot sector
+        or path.endswith((".raw", ".img"))
+    )
+    return Kind.VM if disk else Kind.CONTAINER
 
 
 def resolve(reference: str, cache: str, report: Report, mapped: Mapped) -> Image:

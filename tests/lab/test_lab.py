@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import channel, initramfs, machine, packages
+from tests.lab import channel, machine, packages
 from tests.lab.pair import Hosts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,23 +168,6 @@ def test_channel_frames_survive_any_cut() -> None:
         os.close(ours)
 
 
-def test_initramfs_is_what_cpio_reads(tmp_path: Path) -> None:
-    entries = [initramfs.directory("d"), initramfs.file("d/f", b"text", 0o640), initramfs.link("d/l", "f")]
-    busybox = subprocess.run(
-        ["busybox", "cpio", "-idm"], input=initramfs.archive(entries), cwd=tmp_path, capture_output=True, check=False
-    )
-    assert busybox.returncode == 0, busybox.stderr
-    assert (tmp_path / "d/f").read_text() == "text" and (tmp_path / "d/f").stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "d/l").readlink() == Path("f")
-
-
-def test_modules_come_after_what_they_need() -> None:
-    names = [path.name for path in initramfs.modules(packages.kernel(), ["igbvf", "9p", "overlay"])]
-    assert names.index("netfs.ko") < names.index("9p.ko") and "igbvf.ko" in names
-    with pytest.raises(packages.Unavailable, match="no module nonsense"):
-        initramfs.modules(packages.kernel(), ["nonsense"])
-
-
 def test_every_emulated_feature_stands_in_contributing_with_its_option_and_its_test() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     table = text.partition("| emulated | by QEMU's option | seen by |")[2].partition("\n\n")[0]
@@ -207,16 +190,6 @@ def test_with_kvm_the_host_processor_is_used() -> None:
     assert words[words.index("-accel") + 1] == "kvm" and words[words.index("-cpu") + 1] == "host"
     assert words[words.index("-machine") + 1] == "q35,kernel-irqchip=split"  # what interrupt remapping needs
     assert "lab.host=lab2" in words[words.index("-append") + 1]
-
-
-def test_a_kernel_whose_unpacking_was_killed_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, files in ((".unpack-x", ["vmlinux", "vmlinuz"]), ("1.2", ["vmlinux"]), ("1.1", ["vmlinux", "vmlinuz"])):
-        place = tmp_path / "ovt/lab/kernel" / name
-        place.mkdir(parents=True)
-        for file in files:
-            (place / file).touch()
-    assert packages.cached() == packages.Kernel("1.1", tmp_path / "ovt/lab/kernel/1.1")
 
 
 @pytest.mark.slow

@@ -6,7 +6,35 @@ import pytest
 
 from ovt import model
 from ovt.errors import StateError, UsageError
-from ovt.model import Device, Instance, Kind, Limits, Restart, Security, Spec, Status, Ulimit, Volume
+from ovt.model import (
+    Device,
+    Disk,
+    Instance,
+    Kind,
+    Limits,
+    Machine,
+    Nic,
+    Restart,
+    Security,
+    Seed,
+    Spec,
+    Status,
+    Ulimit,
+    Volume,
+)
+
+DISK = Disk(
+    "/d.qcow2", "data", "cdrom", "qcow2", 5 << 30, "scsi", "direct", "none", "native", False, True, 100, 200, "S1"
+)
+NIC = Nic("tap:t0", "lan", "52:54:00:00:00:01", "e1000e", 4, False, ("tcp:127.0.0.1:80:80",))
+MACHINE = Machine(
+    *("kvm", "q35", "host", "sockets=2", 8, 8 << 30, True, 2, "uefi", "/k", "/i", "quiet"),
+    (DISK,),
+    (NIC,),
+    ("0000:01:10.0",),
+    Seed("#cloud-config", "version: 2", ("ssh-rsa x",), "i-1", "vendor"),
+    *("reset", "pause", False, "vnc", False, 9 << 30),
+)
 
 FULL = Spec(
     image="/images/a.tar",
@@ -34,12 +62,16 @@ FULL = Spec(
     stop_signal=2,
     stop_timeout=1.5,
     rootfs_in_place=True,
+    machine=MACHINE,
 )
 
 
 def test_every_member_of_a_spec_survives_json() -> None:
     for default, value in zip(Spec._field_defaults.values(), FULL[1:], strict=True):
         assert value != default, "give this member a value of its own above"
+    for record in (MACHINE, DISK, NIC):
+        for name, default in record._field_defaults.items():
+            assert getattr(record, name) != default, f"give {name} a value of its own above"
     assert Spec.unpack(json.loads(json.dumps(model.pack(FULL)))) == FULL
 
 

@@ -113,6 +113,7 @@ class _Creation:
 
     def _make(self) -> None:
         request = self.request
+        request.keep_fds = request.keep_fds or len(request.descriptors)
         lowest = 3 + request.keep_fds
         if request.notify_socket:
             from . import notify
@@ -142,7 +143,7 @@ class _Creation:
             self.open.append(self.labels.proc)
             keep.append(self.labels.proc)
         passing = [*enter, *([into] if into >= 0 else []), *(fd for _, _, fd in joined)]
-        init = self.init = Init(request.stdio, [*keep, *passing], lowest)
+        init = self.init = Init((*request.stdio, *request.descriptors), [*keep, *passing], lowest)
         tape = Tape()
         settle.enter_cgroup(tape, enter)
         if self.user_namespace:

@@ -94,7 +94,7 @@ class ContainerEngine:
             if stdio.tty:
                 options["console_socket"] = stdio.console_socket()
             options["stdio"] = (stdio.stdin, stdio.stdout, stdio.stderr)
-            with self._parent_lock(fcntl.LOCK_SH):
+            with self.parent_lock(fcntl.LOCK_SH):
                 return int(self.runtime.create(instance.id, f"{home}/bundle", config, **options).pid)
 
         made = supervisor.launch(
@@ -117,11 +117,14 @@ class ContainerEngine:
         self.runtime.delete(instance.id, force=True)
         usage.remove_unrecorded(self.runtime.root, [instance.id])
         try:
-            with self._parent_lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with self.parent_lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
                 usage.remove_parents(self.cgroups.parent)
         except BlockingIOError:
             pass  # a container is just being made there
         return starved
+
+    def exit_code(self, instance: Instance, home: str, code: int) -> int:
+        return code
 
     def destroy(self, instance: Instance, home: str) -> None:
         rootfs_layers.destroy(home, self._mapped)
@@ -258,7 +261,7 @@ class ContainerEngine:
     # shared
 
     @contextmanager
-    def _parent_lock(self, operation: int) -> Iterator[None]:
+    def parent_lock(self, operation: int) -> Iterator[None]:
         """Shared while a cgroup is made below our parent cgroup, exclusive while the empty parent is taken away."""
         fd = os.open(f"{self.run}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -60,8 +60,9 @@ def above(fd: int, lowest: int) -> int:
 class Init:
     """A running ovt-init, or after a tape that clones, its child: `pid` is the one that plays."""
 
-    def __init__(self, stdio: tuple[int, int, int], keep: list[int], lowest: int) -> None:
-        """Start it with `stdio`, the descriptors below `lowest` as they are, and those in `keep` at their numbers."""
+    def __init__(self, stdio: tuple[int, ...], keep: list[int], lowest: int) -> None:
+        """Start it with `stdio` as 0, 1, 2 and so on, other descriptors below `lowest` as they are, and those in `keep`
+        at their numbers."""
         ours, theirs = socketpair()
         self._socket = ours
         sync = above(theirs.detach(), lowest)

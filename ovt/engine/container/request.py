@@ -14,6 +14,7 @@ class Request:
         "bundle",
         "cgroup_manager",
         "console_socket",
+        "descriptors",
         "keep_fds",
         "listen_fds",
         "no_new_keyring",
@@ -29,7 +30,8 @@ class Request:
         self.bundle = bundle
         self.cgroup_manager = "cgroupfs"
         self.console_socket: str | None = None
-        self.keep_fds = 0
+        self.descriptors: tuple[int, ...] = ()  # of this process, which the program gets as 3, 4 … whatever they are
+        self.keep_fds = 0  # how many from 3 on stay as they are; not together with `descriptors`
         self.listen_fds = 0  # how many of the kept descriptors are sockets passed by sd_listen_fds(3)
         self.no_new_keyring = False
         self.no_pivot = False

@@ -114,14 +114,16 @@ _ARCHITECTURES = {
 }
 
 
-def profile(machine: str, capabilities: Collection[str]) -> dict[str, Any]:
-    """The OCI `linux.seccomp` object for the architecture `machine` (uname -m) and a bounding set of CAP_* names."""
+def profile(machine: str, capabilities: Collection[str], more: Collection[str] = ()) -> dict[str, Any]:
+    """The OCI `linux.seccomp` object for the architecture `machine` (uname -m) and a bounding set of CAP_* names;
+    `more` are calls that are allowed besides."""
     admin = "CAP_SYS_ADMIN" in capabilities
     allowed = set(f"{_FILES} {_MEMORY} {_PROCESSES} {_COMMUNICATION}".split())
     refused = set(_NEVER.split())
     for capability, calls in _WITH_CAPABILITY.items():
         has = capability in capabilities or (admin and capability in _IMPLIED_BY_ADMIN)
         (allowed if has else refused).update(calls.split())
+    allowed.update(more)
     refused -= allowed
     rules: list[dict[str, Any]] = [
         _rule(sorted(allowed), "SCMP_ACT_ALLOW"),

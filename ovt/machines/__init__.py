@@ -1,0 +1,1 @@
+"""The verbs that only virtual machines have: snapshots, clones, templates, devices, migration."""
