@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 
 
 _LIFE, _INSIDE, _LOOK, _SYSTEM = "Life of an instance", "Inside an instance", "Look", "The host"
+_MACHINE = "Virtual machines alone"
 
 COMMANDS: dict[str, Entry] = {
     "create": Entry("running", "Make an instance of IMAGE without starting it", _LIFE),
@@ -51,6 +52,13 @@ COMMANDS: dict[str, Entry] = {
     "stats": Entry("watch", "Show what instances use", _LOOK),
     "top": Entry("watch", "List the processes of an instance", _LOOK),
     "events": Entry("query", "Show what happened to instances", _LOOK),
+    "console": Entry("machine", "Join the serial console, or show the screen", _MACHINE),
+    "guest": Entry("machine", "Show what the guest says of itself", _MACHINE),
+    "screenshot": Entry("machine", "Write the screen to a PNG file", _MACHINE),
+    "reset": Entry("machine", "Press the reset button", _MACHINE),
+    "suspend": Entry("machine", "Have guests go to sleep", _MACHINE),
+    "wake": Entry("machine", "Wake guests that sleep", _MACHINE),
+    "save": Entry("machine", "Write memory to the disk and end; start goes on from there", _MACHINE),
     "info": Entry("system", "Describe this host and this installation", _SYSTEM),
     "check": Entry("system", "Find what this host lacks, and what killed commands have left", _SYSTEM),
     "completion": Entry("completion", "Print the completion script for SHELL", _SYSTEM),
@@ -108,7 +116,7 @@ class OvtUsage(click.UsageError):
 @click.option("-v", "--verbose", is_flag=True, help="Say what is done on the way.")
 @click.pass_context
 def cli(ctx: click.Context, data_root: str | None, run_root: str | None, quiet: bool, verbose: bool) -> None:
-    """Run containers on this host."""
+    """Run containers and virtual machines on this host."""
     app: App = ctx.ensure_object(App)
     app.data, app.run, app.quiet, app.verbose = data_root or "", run_root or "", quiet, verbose
 

@@ -106,11 +106,24 @@ def resume(app: App, instances: tuple[str, ...]) -> int:
 
 
 @click.command()
+@click.option(
+    "--for",
+    "what",
+    type=click.Choice(["exit", "boot", "agent"]),
+    default="exit",
+    show_default=True,
+    help="What to wait for; boot and agent are of virtual machines.",
+)
+@click.option("-t", "--timeout", type=_DURATION, default=0.0, help="With boot and agent: 5m when not given.")
 @instance_argument("wait")
 @pass_app
-def wait(app: App, instances: tuple[str, ...]) -> int:
-    """Wait for the end of instances and print their exit statuses."""
+def wait(app: App, instances: tuple[str, ...], what: str, timeout: float) -> int:
+    """Wait for the end of instances and print their exit statuses, or for guests that are up."""
     host = app.host
+    if what != "exit":
+        from ovt.machines import power
+
+        return app.each("wait for", instances, lambda name: power.wait_for(host, name, what, timeout, host.report))
     return app.each("wait for", instances, lambda name: str(host.wait(name)))
 
 

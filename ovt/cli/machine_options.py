@@ -62,7 +62,7 @@ def parse_disk(text: str) -> Disk:
 def parse_cdrom(text: str) -> Disk:
     """A value of --cdrom: the path of an ISO image, or `empty`."""
     source = "" if text == "empty" else os.path.abspath(os.path.expanduser(text))
-    return Disk(source=source, device="cdrom", format="raw", bus="sata", mode="readonly")
+    return Disk(source=source, device="cdrom", format="raw", mode="readonly")
 
 
 def parse_nic(text: str) -> Nic:

@@ -31,6 +31,7 @@ SUITES = {"bookworm": ("bookworm", "bookworm-backports"), "trixie": ("trixie",)}
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 # Half of all modules, and nothing that QEMU emulates.
 LEFT_OUT = ("drivers/gpu", "drivers/media", "drivers/infiniband/hw", "drivers/net/wireless", "drivers/iio", "sound")
+_BOOT, _MODULES = Path("/boot"), Path("/lib/modules")
 _PT_NOTE = 4
 _PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY: where the PVH boot protocol enters (xen/include/public/elfnote.h)
 
@@ -251,16 +252,15 @@ def _own(target: Path, report: Report) -> str:
     The running one comes first: its modules are the surest to be there.
     """
     running = os.uname().release
-    images = sorted(Path("/boot").glob("vmlinuz-*"), key=lambda path: (path.name.endswith(f"-{running}"), path.name))
+    images = sorted(_BOOT.glob("vmlinuz-*"), key=lambda path: (path.name.endswith(f"-{running}"), path.name))
     for image in reversed(images):
         version = image.name.removeprefix("vmlinuz-")
-        modules = Path("/lib/modules") / version
+        modules = _MODULES / version
         if not os.access(image, os.R_OK) or not (modules / "modules.builtin").is_file():
             continue
         try:
             shutil.copyfile(image, target / "vmlinuz")
-            left_out = shutil.ignore_patterns("build", "source")
-            shutil.copytree(modules, target / "lib/modules" / version, ignore=left_out, symlinks=True)
+            shutil.copytree(modules, target / "lib/modules" / version, ignore=_not_copied)
             _complete(target, version)
         except (OvtError, OSError, subprocess.SubprocessError) as error:
             report(f"{image} cannot be used: {error}")
@@ -268,6 +268,12 @@ def _own(target: Path, report: Report) -> str:
             continue
         return version
     return ""
+
+
+def _not_copied(directory: str, names: list[str]) -> list[str]:
+    """What no guest needs of `names` in a directory of modules: LEFT_OUT and the links to the kernel's source."""
+    parts = tuple(f"/kernel/{part}" for part in LEFT_OUT)
+    return [name for name in names if name in ("build", "source") or f"{directory}/{name}".endswith(parts)]
 
 
 # Unpacking -------------------------------------------------------------------------------------------------------

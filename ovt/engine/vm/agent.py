@@ -109,6 +109,7 @@ class Agent:
         self._buffer = bytearray()
         self._scanned = 0  # of the buffer, without finding the end of a line
         self._synced = False
+        self._met = False  # it has answered before: QEMU need not be asked whether it is there
         self._pending: list[str] = []  # commands without an answer yet
 
     # commands
@@ -305,7 +306,7 @@ class Agent:
                 raise
 
     def _sync(self, follow: bytes, timeout: float | None = None) -> None:
-        if self.is_open() is False:
+        if not self._met and self.is_open() is False:
             raise NoAgent("no program in the guest listens for ovt: the guest agent does not run (yet)")
         seconds = self.sync_timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
@@ -329,7 +330,7 @@ class Agent:
             raise NoAgent(f"no guest agent answers (within {seconds:g} s)") from None
         except _Ended:
             raise NoAgent("the connection to the guest's agent has ended: QEMU runs no more") from None
-        self._synced = True
+        self._synced = self._met = True
         self._pending.clear()
 
     # the wire

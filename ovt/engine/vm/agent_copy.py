@@ -236,7 +236,10 @@ def _add(archive: tarfile.TarFile, path: str, name: str) -> None:
     info = os.lstat(path)
     entry = tarfile.TarInfo(name)
     entry.mode = stat.S_IMODE(info.st_mode)
-    entry.mtime = info.st_mtime_ns / 1e9 if archive.format == tarfile.PAX_FORMAT else int(info.st_mtime)
+    entry.mtime = int(info.st_mtime)
+    if archive.format == tarfile.PAX_FORMAT and info.st_mtime_ns >= 0:
+        seconds, rest = divmod(info.st_mtime_ns, 10**9)
+        entry.pax_headers = {"mtime": f"{seconds}.{rest:09}"}
     if stat.S_ISDIR(info.st_mode):
         entry.type = tarfile.DIRTYPE
         archive.addfile(entry)

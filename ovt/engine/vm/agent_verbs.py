@@ -39,12 +39,12 @@ def wait_for_agent(
     """
     deadline = time.monotonic() + timeout
     told = False
+    pause = 0.005
     while True:
         left = deadline - time.monotonic()
         try:
-            if agent.is_open() is not False:
-                agent.sync(max(0.05, min(_SLICE, left)))
-                return
+            agent.sync(max(0.05, min(_SLICE, left)))
+            return
         except NoAgent:
             pass
         if not alive():
@@ -54,7 +54,8 @@ def wait_for_agent(
         if not told:
             report("waiting for the guest's agent")
             told = True
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(pause * 1.3, 0.1)
 
 
 def shutdown(agent: Agent, mode: str = "powerdown") -> None:

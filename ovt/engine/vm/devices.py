@@ -1,26 +1,49 @@
-"""All devices of a machine that go into root ports, at once: recorded at its first start, plugged at every start."""
+"""All devices of a machine that go into root ports, at once: recorded at its first start, plugged at every start.
+
+What each sort of device is, is in its own module; this one knows their order.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from ovt.engine.base import Stats
-from ovt.engine.vm import nics
+from ovt.engine.vm import blockgraph, diskrecords, disks, nics, resize
+from ovt.engine.vm.diskfiles import open_chain
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
-from ovt.engine.vm.qmp import Qmp
+from ovt.engine.vm.qmp import Qmp, QmpError
+from ovt.errors import OvtError
 from ovt.model import Instance
 
 if TYPE_CHECKING:
     from ovt.engine.vm.engine import VmEngine
     from ovt.engine.vm.process import Launch
 
+_COLD_SETS = 2000  # numbers of the fdsets of disks that are on the command line, above those that QEMU chooses
+
 
 def add_all(hardware: Hardware, instance: Instance, home: str, features: Features, dry: bool) -> None:
     """Record every device that the owner asked for; unless `dry`, make the files that belong to them."""
     machine = instance.spec.machine
     hardware.ports = 32  # for the choice of places; `grow_ports` makes it what is needed
+    controller = diskrecords.new_controller(machine.disks, hardware.controllers, hardware.vcpus)
+    if controller:
+        hardware.controllers.append({**controller, "port": hardware.take_port()})
+    records = diskrecords.prepare(
+        machine.disks,
+        home,
+        vcpus=hardware.vcpus,
+        controllers=hardware.controllers,
+        allow_backing=True,  # the image is the owner's own choice, and its chain is walked and written down
+        make=not dry,
+    )
+    for record in records:
+        if diskrecords.needs_port(record):
+            record["port"] = hardware.take_port()
+        hardware.disks.append(record)
     for nic in machine.nics:
         nics.add(hardware, nic)
     hardware.ports = 0
@@ -28,22 +51,83 @@ def add_all(hardware: Hardware, instance: Instance, home: str, features: Feature
 
 def describe(hardware: Hardware, home: str) -> list[str]:
     """One line for each device."""
-    return [f"network card {nic['id']}: {nic['model']}, {nic['mac']}, on {nic['network']}" for nic in hardware.nics]
+    lines = []
+    for disk in hardware.disks:
+        images = " over ".join(layer["path"] for layer in reversed(disk["chain"])) or "empty"
+        lines.append(f"{disk['device']} {disk['id']}: {disk['bus']}, {images}")
+    lines += [f"network card {nic['id']}: {nic['model']}, {nic['mac']}, on {nic['network']}" for nic in hardware.nics]
+    return lines
 
 
 def prepare_launch(job: Launch) -> None:
-    """What devices need of QEMU's container."""
+    """What devices need of QEMU's command line and container."""
 
 
-def plug_all(qmp: Qmp, hardware: Hardware, home: str, features: Features) -> None:
+def cold_disks(job: Launch, stack: ExitStack) -> tuple[dict[str, int], dict[str, int]]:
+    """Disks that only a command line takes (SATA): their descriptors by name, and the fdset of each name."""
+    given: dict[str, int] = {}
+    sets: dict[str, int] = {}
+    for disk in job.hardware.disks:
+        if blockgraph.cold(disk):
+            for number, fd in enumerate(open_chain(job.home, disk)):
+                stack.callback(os.close, fd)
+                name = f"{disk['id']}-file{number}"
+                given[name] = fd
+                sets[name] = _COLD_SETS + len(sets)
+    return given, sets
+
+
+def cold_words(hardware: Hardware, sets: dict[str, int], features: Features) -> list[str]:
+    """Their part of the command line."""
+    words: list[str] = []
+    for disk in hardware.disks:
+        if blockgraph.cold(disk):
+            own = [sets[f"{disk['id']}-file{number}"] for number in range(len(disk["chain"]))]
+            words += blockgraph.words(disk, own, io_uring=features.io_uring)
+    return words
+
+
+def plug_all(qmp: Qmp, hardware: Hardware, home: str, features: Features, incoming: bool) -> None:
     """Plug every recorded device into a machine that has not begun."""
+    for controller in hardware.controllers:
+        disks.plug_controller(qmp, controller)
+    for disk in hardware.disks:
+        if not blockgraph.cold(disk):
+            disks.plug(qmp, home, disk, io_uring=features.io_uring)
+        elif disk.get("iops") or disk.get("bps"):
+            disks.throttle(qmp, disk, disk["iops"], disk["bps"])
     for nic in hardware.nics:
         nics.plug(qmp, hardware, nic)
+    for dimm in hardware.dimms:
+        resize.plug_dimm(qmp, hardware, dimm)
+    for cpu in hardware.plugged_vcpus:
+        resize.plug_vcpu(qmp, cpu)
+    if hardware.firmware != "none" and not incoming:
+        qmp.command("system_reset")  # what was plugged is in the firmware's order of booting only from here on
+        qmp.wait_event("RESET", timeout=30.0)
 
 
 def stats(engine: VmEngine, instance: Instance, read: Stats) -> Stats:
     """What the cgroup says, with the guest's memory, disks and network in the place of QEMU's own."""
-    return read._replace(network_received=0, network_sent=0)
-
-
-_: Any = os
+    hardware = Hardware.load(engine.home(instance))
+    memory_limit = resize.total_memory(hardware)
+    block_read = block_write = 0
+    try:
+        with engine.qmp(instance, 5.0) as qmp:
+            for counts in disks.stats(qmp).values():
+                block_read += counts[0]
+                block_write += counts[1]
+            if hardware.balloon:
+                try:
+                    memory_limit = int(qmp.command("query-balloon")["actual"])
+                except QmpError:
+                    pass  # its driver is not there yet: the guest has all of its memory
+    except OvtError:
+        return read  # busy or just ended; the cgroup's figures stand
+    return read._replace(
+        memory_limit=memory_limit,
+        block_read=block_read,
+        block_write=block_write,
+        network_received=0,
+        network_sent=0,
+    )

@@ -36,8 +36,11 @@ def prepare(
     existing: Sequence[Record] = (),
     controllers: Sequence[Record] = (),
     allow_backing: bool = False,
+    make: bool = True,
 ) -> list[dict[str, Any]]:
     """A record for each disk, without its port, and the images that the instance has of its own; all or nothing.
+
+    Without `make` no image is made, for one who only wants to see.
 
     `existing` and `controllers` are the machine's disks and controllers so far; a machine that has no disks yet gets an
     order to boot from: disks, the first before all, then CD-ROM drives. `allow_backing` lets an image be a difference
@@ -51,7 +54,7 @@ def prepare(
         _order(records)
     made: list[str] = []
     try:
-        for disk, record in zip(disks, records, strict=True):
+        for disk, record in zip(disks, records if make else (), strict=make):
             _make_image(disk, record, home, made)
     except BaseException:
         for path in made:

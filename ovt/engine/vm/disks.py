@@ -2,7 +2,8 @@
 
 What is plugged is told by QEMU itself (its nodes, its devices), not by a record here, so that each function can be
 called again after a command that died half-way. Nothing is written to hardware.json; the caller does, afterwards.
-Files are opened here and handed over as descriptors: QEMU sees no path.
+Files are opened here and handed over as descriptors: QEMU sees no path. What is plugged in before the guest's first
+instruction is in the firmware's order of booting only after a system_reset, which the caller makes then.
 """
 
 from __future__ import annotations
@@ -312,13 +313,20 @@ def _remove_nodes(qmp: Qmp, id: str, names: Sequence[str]) -> None:
 
     Conflict when something else uses them.
     """
-    for name in names:
-        try:
-            qmp.command("blockdev-del", {"node-name": name})
-        except QmpError as error:
+    left = list(names)
+    while left:
+        refused: list[str] = []
+        for name in left:
+            try:
+                qmp.command("blockdev-del", {"node-name": name})
+            except QmpError as error:
+                refused.append(name)
+                reason = error.message
+        if len(refused) == len(left):
             raise Conflict(
-                f"disk {id}: an image is still in use: {error.message}", "wait for its block job or export, or stop it"
-            ) from None
+                f"disk {id}: an image is still in use: {reason}", "wait for its block job or export, or stop it"
+            )
+        left = refused  # block jobs may have changed which stands on which
     nodes = _nodes(qmp)
     used = set(nodes.values())
     for number, opaques in _fdsets(qmp).items():

@@ -114,7 +114,7 @@ class VmEngine:
     def job(self, instance: Instance, home: str, hardware: Hardware) -> process.Launch:
         """What a cold start of this machine is; others change it before `start_machine`."""
         spec = instance.spec
-        job = process.Launch(instance.id, instance.name, home, self.features.program, hardware)
+        job = process.Launch(instance.id, instance.name, home, self.features, hardware)
         job.cpuset = spec.limits.cpuset_cpus
         job.cpus = spec.limits.cpus if spec.limits.cpus % 1 else 0.0
         job.host_network = any(nic["network"] == "user" for nic in hardware.nics)
@@ -122,7 +122,7 @@ class VmEngine:
         if hardware.accel == "kvm":
             job.nodes.append(jail.node("/dev/kvm"))
         devices.prepare_launch(job)
-        job.plug = lambda qmp: devices.plug_all(qmp, hardware, home, self.features)
+        job.plug = lambda qmp: devices.plug_all(qmp, hardware, home, self.features, job.incoming)
         return job
 
     def start_machine(self, job: process.Launch, exit_command: list[str], env: dict[str, str]) -> Guest:

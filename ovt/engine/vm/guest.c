@@ -127,7 +127,7 @@ static void watch_all(int signals) {
             continue;
         watch(process->in, process->input.length || process->input_ends ? POLLOUT : 0);
         for (int i = 0; i < 2; i++)
-            watch(process->streams[i], full(process, i) ? 0 : POLLIN);
+            watch(process->streams[i], full(process, i) || process->quiet_until ? 0 : POLLIN);
     }
 }
 
@@ -138,9 +138,11 @@ static int64_t next_moment(void) {
     consider(thaw_at, thaw_at);
     consider(ending && main_pid, kill_at);
     consider(port.fd >= 0 && port.absent, port.retry_at);
-    for (struct process *process = processes; process < processes + PROCESSES; process++)
+    for (struct process *process = processes; process < processes + PROCESSES; process++) {
+        consider(process->pid && process->quiet_until, process->quiet_until);
         consider(process->pid && process->exited && !finished(process) && !full(process, 0) && !full(process, 1),
                  process->drain_until);
+    }
     return next;
 }
 
@@ -148,6 +150,8 @@ static void serve_processes(void) {
     for (struct process *process = processes; process < processes + PROCESSES; process++) {
         if (!process->pid)
             continue;
+        if (now_ms() >= process->quiet_until)
+            process->quiet_until = 0;
         give_input(process);
         take_output(process, 0);
         take_output(process, 1);
@@ -208,10 +212,10 @@ static void serve(int signals) {
         serve_processes();
         answer_waiting(0);
         if (port.fd >= 0 && !port.absent) {
-            send_answers();
-            handle_requests();
             take_requests();
-            send_answers();
+            do
+                send_answers();
+            while (port.out.length < ANSWER_WAITING && handle_requests());
         }
         if (thaw_at && now_ms() >= thaw_at)
             thaw();

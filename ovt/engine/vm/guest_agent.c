@@ -225,15 +225,17 @@ static void refuse_length(void) {
     end_answer(from);
 }
 
-/* Handles the requests that are complete, until their answers are too many to be read. */
-static void handle_requests(void) {
+/* Handles the requests that are complete; whether it stopped before the last because the answers are too many. */
+static int handle_requests(void) {
     size_t used = 0;
-    while (port.out.length < ANSWER_WAITING) {
+    int more = 1;
+    while (more && port.out.length < ANSWER_WAITING) {
         char *start = port.in.data + used, *end = port.in.data + port.in.length, *at = start + port.scanned;
         while (at < end && *at != '\n' && *at != '\xff')
             at++;
         port.scanned = (size_t)(at - start);
-        if (at == end)
+        more = at < end;
+        if (!more)
             break;
         if (*at == '\n' && !port.skipping) {
             if (port.scanned > REQUEST_MAX)
@@ -255,6 +257,7 @@ static void handle_requests(void) {
     }
     if (!port.in.length && port.in.capacity > ANSWER_WAITING)
         clear(&port.in);
+    return more;
 }
 
 static void take_requests(void) {

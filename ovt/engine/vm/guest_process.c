@@ -8,6 +8,7 @@ enum {
     CAPTURE = 16 << 20,      /* of each stream of guest-exec; what is more is dropped and said so */
     WINDOW = 256 << 10,      /* of each stream of ovt-exec; then it is not read on until fetched */
     INPUT = 4 << 20,         /* that a program may have left unread */
+    TERMINAL_RETRY_MS = 100, /* how often a terminal that nobody has open is looked at */
     DRAIN_MS = 500,          /* how long output of left-over grandchildren is awaited after the program's end */
     WAIT_MS = 60000,         /* the longest that ovt-io waits */
 };
@@ -19,7 +20,7 @@ static struct process {
     struct buffer input, output[2];
     int input_ends, truncated[2];
     int exited, status;
-    int64_t drain_until;
+    int64_t drain_until, quiet_until;
 } processes[PROCESSES];
 
 static struct { struct process *process; int64_t until; } waiting;     /* an ovt-io that is not answered yet */
@@ -142,8 +143,12 @@ static void take_output(struct process *process, int which) {
         ssize_t count = read(process->streams[which], chunk, sizeof chunk);
         if (count < 0 && (errno == EAGAIN || errno == EINTR))
             return;
-        if (count <= 0) {        /* a terminal that nobody has open any more gives EIO */
-            if (process->tty)
+        if (count <= 0) {
+            /* EIO: nobody has the terminal open. Programs close their streams before they end, and hanging up then would
+             * kill them; others open /dev/tty again. */
+            if (process->tty && !process->exited)
+                process->quiet_until = now_ms() + TERMINAL_RETRY_MS;
+            else if (process->tty)
                 hang_up(process);
             else
                 close_fd(&process->streams[which]);

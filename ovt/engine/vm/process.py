@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ovt.engine import supervisor
-from ovt.engine.vm import arguments, jail
+from ovt.engine.vm import arguments, devices, jail
+from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError, listen
 from ovt.errors import HostError, NotFound
@@ -39,11 +40,11 @@ _BEYOND = 0o004  # readable by anyone
 class Launch:
     """Everything a start of QEMU needs, filled in by the engine before `launch`."""
 
-    def __init__(self, id: str, name: str, home: str, program: str, hardware: Hardware) -> None:
+    def __init__(self, id: str, name: str, home: str, features: Features, hardware: Hardware) -> None:
         self.id = id
         self.name = name
         self.home = home
-        self.program = program
+        self.features = features
         self.hardware = hardware
         self.incoming = False
         self.memory = -1  # descriptor of a file that is the guest's memory
@@ -107,10 +108,12 @@ def _make(
     stack.enter_context(theirs)
     given = _descriptors(job, stack)
     given["events"] = theirs.fileno()
+    cold, sets = devices.cold_disks(job, stack)
+    given |= cold
     errors = _open_file(f"{job.home}/{ERRORS}", os.O_RDWR | os.O_CREAT | os.O_APPEND, stack)
     numbers = {name: 3 + index for index, name in enumerate(given)}
     command = arguments.arguments(
-        job.program,
+        job.features.program,
         job.hardware,
         numbers,
         name=job.name,
@@ -119,6 +122,9 @@ def _make(
     )
     if "exit" in numbers:
         command += ["-add-fd", f"fd={numbers['exit']},set={arguments.EXIT_SET}"]
+    for disk, fdset in sets.items():
+        command += ["-add-fd", f"fd={numbers[disk]},set={fdset},opaque={disk}"]
+    command += devices.cold_words(job.hardware, sets, job.features)
     root = f"{job.home}/vm"
     jail.prepare_root(root)
     config = jail.config(

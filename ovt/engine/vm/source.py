@@ -72,7 +72,7 @@ def _disk(spec: Spec, machine: Machine) -> tuple[Spec, Machine]:
     image = disk.probe(path, allow_backing=True)
     mode = "direct" if spec.rootfs_in_place else "overlay"
     if image.iso:
-        first = Disk(path, device="cdrom", format="raw", bus="sata", mode="readonly")
+        first = Disk(path, device="cdrom", format="raw", mode="readonly")
     else:
         first = Disk(path, format=image.format, mode=mode)
     return spec._replace(image=path), machine._replace(disks=(first, *machine.disks))

@@ -71,8 +71,8 @@ SAMPLES: dict[str, tuple[list[str], dict[str, Any]]] = {
         {
             "machine": Machine(
                 disks=(
-                    Disk("/a.iso", device="cdrom", format="raw", bus="sata", mode="readonly"),
-                    Disk(device="cdrom", format="raw", bus="sata", mode="readonly"),
+                    Disk("/a.iso", device="cdrom", format="raw", mode="readonly"),
+                    Disk(device="cdrom", format="raw", mode="readonly"),
                 )
             )
         },

@@ -95,18 +95,31 @@ def test_with_neither_the_error_says_why_and_what_to_do(cache: Path, monkeypatch
 
 
 @pytest.mark.skipif(not shutil.which("depmod", path="/usr/sbin:/sbin:/usr/bin:/bin"), reason="needs depmod")
-def test_a_kernel_of_the_host_is_laid_out(tmp_path: Path) -> None:
-    (tmp_path / "vmlinuz").write_bytes(bzimage(lzma.compress(PVH)))
-    modules = tmp_path / "lib/modules/1.2"
-    (modules / "kernel").mkdir(parents=True)
-    (modules / "modules.builtin").touch()
-    (modules / "modules.order").touch()
-    (modules / "modules.builtin.modinfo").touch()
-    (modules / "kernel/a.ko.xz").write_bytes(lzma.compress(elf()))
-    (modules / "kernel/b.ko.gz").write_bytes(gzip.compress(elf()))
-    kernel._complete(tmp_path, "1.2")
-    assert (tmp_path / "vmlinux").read_bytes() == PVH
-    assert sorted(os.listdir(modules / "kernel")) == ["a.ko", "b.ko"] and (modules / "modules.dep").exists()
+def test_a_kernel_of_the_host_is_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boot, target = tmp_path / "boot", tmp_path / "target"
+    boot.mkdir()
+    target.mkdir()
+    (boot / "vmlinuz-1.3").write_bytes(bytes(4096))  # newer, and none that can be used
+    (boot / "vmlinuz-1.2").write_bytes(bzimage(lzma.compress(PVH)))
+    for version in ("1.2", "1.3"):
+        modules = tmp_path / "lib/modules" / version
+        (modules / "kernel/drivers/gpu").mkdir(parents=True)
+        (modules / "build").symlink_to("/nowhere")
+        for name in ("modules.builtin", "modules.order", "modules.builtin.modinfo", "kernel/drivers/gpu/c.ko"):
+            (modules / name).touch()
+        (modules / "kernel/a.ko.xz").write_bytes(lzma.compress(elf()))
+        (modules / "kernel/b.ko.gz").write_bytes(gzip.compress(elf()))
+    monkeypatch.setattr(kernel, "_BOOT", boot)
+    monkeypatch.setattr(kernel, "_MODULES", tmp_path / "lib/modules")
+    said: list[str] = []
+    assert kernel._own(target, said.append) == "1.2"
+    assert said == [f"{boot}/vmlinuz-1.3 cannot be used: the kernel is no bzImage"]
+    found = kernel.Kernel("1.2", target)
+    assert found.vmlinux.read_bytes() == PVH and os.listdir(target / "lib/modules") == ["1.2"]
+    assert sorted(os.listdir(found.modules / "kernel")) == ["a.ko", "b.ko", "drivers"]
+    assert os.listdir(found.modules / "kernel/drivers") == [] and (found.modules / "modules.dep").exists()
+    shutil.rmtree(boot)
+    assert kernel._own(target, said.append) == ""
 
 
 def test_the_image_in_a_bzimage() -> None:

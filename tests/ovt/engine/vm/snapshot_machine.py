@@ -5,6 +5,7 @@ Its guest is never run: what a guest would write is written through QEMU's own b
 
 import json
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp
 from ovt.engine.vm.snapshot_tree import written
 from ovt.image import disk as images
+from ovt.kernel import syscalls
 
 SIZE = 16 << 20
 CHUNK = 64 << 10
@@ -85,7 +87,7 @@ class Machine:
         """As the engine does: QEMU at -S, the disks over QMP, saved memory if there is any, `cont`."""
         ours, theirs = socket.socketpair()
         given = [theirs.fileno()]
-        words = ["timeout", "120", find_program(), "-S", "-nodefaults", "-no-user-config", "-display", "none"]
+        words = [find_program(), "-S", "-nodefaults", "-no-user-config", "-display", "none"]
         words += ["-m", "64", "-accel", "tcg", "-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny"]
         words += ["-chardev", f"socket,id=q,fd={theirs.fileno()}", "-mon", "chardev=q,mode=control"]
         machine = "q35"
@@ -107,7 +109,12 @@ class Machine:
         if saved.exists(self.home):
             words += ["-incoming", "defer"]
         with open(f"{self.home}/said", "wb") as said:
-            self.process = subprocess.Popen([*words, "-machine", machine], pass_fds=[*given, *opened], stdout=said)
+            self.process = subprocess.Popen(
+                [*words, "-machine", machine],
+                pass_fds=[*given, *opened],
+                stdout=said,
+                preexec_fn=lambda: syscalls.prctl(1, signal.SIGKILL),  # it does not outlive the tests
+            )
         theirs.close()
         for fd in opened:
             os.close(fd)
@@ -126,7 +133,6 @@ class Machine:
         if self.qmp:
             self.qmp.close()
         if self.process:
-            subprocess.run(["pkill", "-9", "-P", str(self.process.pid)], check=False)
             self.process.kill()
             self.process.wait()
         self.process = self.qmp = None
@@ -145,6 +151,8 @@ class Machine:
         """Fill a part of a disk with one byte."""
         said = self._io(f"write -P {value} {at} {length}", number, writable=True)
         assert "wrote" in said, said
+        if self.qmp:  # what a guest has not flushed may be lost with QEMU
+            self._io("flush", number, writable=True)
 
     def reads(self, value: int, at: int = 0, number: int = 0, length: int = CHUNK) -> bool:
         """Whether a part of a disk has nothing but that byte."""

@@ -191,9 +191,9 @@ def test_127_of_the_program_itself_is_its_status(home: Path) -> None:
     assert run(home, "sh", "-c", "echo gone >&2; exit 127").status == 127
 
 
-def test_detached_program_goes_on(plain: Path) -> None:
-    mark = plain / "mark"
-    ran = run(plain, "sh", "-c", f"sleep 0.2; pwd >{mark}.new; mv {mark}.new {mark}", detach=True, workdir="/usr")
+def test_detached_program_goes_on(home: Path) -> None:
+    mark = home / "mark"
+    ran = run(home, "sh", "-c", f"sleep 0.2; pwd >{mark}.new; mv {mark}.new {mark}", detach=True, workdir="/usr")
     assert ran.status > 1 and not ran.out
     until(mark.exists)
     assert mark.read_text() == "/usr\n"
