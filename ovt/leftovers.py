@@ -65,6 +65,8 @@ def _of_instance(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
         host.engine(instance.kind).cleanup(instance, home)
         host.store.save(instance._replace(status=new, pid=0, start_time=0))
 
+    if instance.kind is Kind.VM and (moving := _moving(host, instance, fix)):
+        return moving
     if status is Status.BROKEN:
         new = Status.STOPPED if instance.started else Status.CREATED
         return _finish(instance, "the command that changed it was killed", fix, lambda: clean(new))
@@ -74,6 +76,22 @@ def _of_instance(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
     if status not in LIVE and instance.status not in LIVE and status is not Status.RESTARTING:
         if host.engine(instance.kind).status(instance) in {*LIVE, Status.CREATED}:
             return _finish(instance, f"it is {status.value}, and its container lives", fix, lambda: clean(status))
+    return []
+
+
+def _moving(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
+    """A migration, to here or from here, whose command was killed."""
+    from ovt.machines import receive
+
+    if receive.interrupted(host, instance):
+        reason = "ovt receive was killed while it came in"
+        if fix:
+            reason = f"{reason}: {receive.repair(host, instance)}"
+        return [Leftover("instance", instance.name, reason)]
+    if os.path.exists(f"{host.store.home(instance.id)}/outgoing.json"):
+        # whose it is now, only the other host can tell
+        reason = f"ovt migrate was killed while it moved: ovt migrate --resolve {instance.name}"
+        return [Leftover("instance", instance.name, reason)]
     return []
 
 

@@ -43,7 +43,7 @@ ON_DEMAND = (
     *("9p", "9pnet_virtio", "virtiofs", "overlay", "loop", "ext4", "crc32c_generic", "crc32c_intel"),
     *("vfat", "nls_cp437", "nls_ascii", "nls_iso8859_1", "isofs", "qemu_fw_cfg", "af_packet"),
 )
-# On an emulated processor this is a third off the time to /init (the kernel's tests of its ciphers alone a quarter), and
+# On an emulated processor this is a third off the time to /init (the kernel's tests of its ciphers are a quarter), and
 # it takes nothing from the guest's security. nowatchdog: a busy host is no lockup of the guest. Two things are missing
 # on purpose: mitigations=off, and tsc=reliable, which would be wrong after a migration to another host.
 CMDLINE = (

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ovt.engine.vm import firmware
 from ovt.engine.vm.hardware import SLOTS, Hardware
 
 MEMORY_ID = "m0"
@@ -34,7 +35,7 @@ def arguments(
     """The command line. `fds` are descriptors by what they are for:
 
     events, commands (QMP; the second listens), agent (listens), exit (a file), kernel, initrd, code and vars
-    (UEFI, as fdsets), memory (a file that is guest memory; with `private_memory` never written to), vsock.
+    (of UEFI), memory (a file that is guest memory; with `private_memory` never written to), vsock.
     With `incoming` QEMU waits for a machine state instead of starting one.
     """
     words = [program, "-S", "-name", f"{_text(name)},debug-threads=on", "-nodefaults", "-no-user-config"]
@@ -68,7 +69,7 @@ def _machine(hardware: Hardware) -> str:
     if hardware.numa <= 1:
         options.append(f"memory-backend={MEMORY_ID}")
     if hardware.uefi:
-        options += ["pflash0=firmware-code", "pflash1=firmware-vars"]
+        options += firmware.machine_options()
     return ",".join(options)
 
 
@@ -126,10 +127,7 @@ def _actions(hardware: Hardware) -> str:
 
 
 def _boot(hardware: Hardware, fds: Mapping[str, int]) -> list[str]:
-    words = []
-    for name, node in (("code", "firmware-code"), ("vars", "firmware-vars")):
-        if hardware.uefi:
-            words += ["-blockdev", json.dumps(hardware.uefi[f"{name}_blockdev"] | {"node-name": node})]
+    words = firmware.arguments(hardware.uefi, fds["code"], fds["vars"]) if hardware.uefi else []
     if hardware.kernel:
         words += ["-kernel", f"/proc/self/fd/{fds['kernel']}"]
         if "initrd" in fds:

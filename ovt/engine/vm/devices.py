@@ -10,30 +10,37 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ovt.engine.base import Stats
-from ovt.engine.vm import blockgraph, diskrecords, disks, nics, resize
+from ovt.engine.vm import blockgraph, diskrecords, disks, nics, resize, seed
 from ovt.engine.vm.diskfiles import open_chain
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError
 from ovt.errors import OvtError
-from ovt.model import Instance
+from ovt.model import Disk, Instance, Seed
 
 if TYPE_CHECKING:
     from ovt.engine.vm.engine import VmEngine
     from ovt.engine.vm.process import Launch
 
+SEED = "seed.iso"
 _COLD_SETS = 2000  # numbers of the fdsets of disks that are on the command line, above those that QEMU chooses
 
 
-def add_all(hardware: Hardware, instance: Instance, home: str, features: Features, dry: bool) -> None:
+def add_all(hardware: Hardware, instance: Instance, home: str, dry: bool) -> None:
     """Record every device that the owner asked for; unless `dry`, make the files that belong to them."""
     machine = instance.spec.machine
     hardware.ports = 32  # for the choice of places; `grow_ports` makes it what is needed
-    controller = diskrecords.new_controller(machine.disks, hardware.controllers, hardware.vcpus)
+    wanted = [
+        disk._replace(size=disk.size or machine.root_size) if disk.id == "root" else disk for disk in machine.disks
+    ]
+    if machine.seed is not None and not dry:
+        hardware.seed = True
+        wanted.append(_seed(machine.seed, instance, home))
+    controller = diskrecords.new_controller(wanted, hardware.controllers, hardware.vcpus)
     if controller:
         hardware.controllers.append({**controller, "port": hardware.take_port()})
     records = diskrecords.prepare(
-        machine.disks,
+        wanted,
         home,
         vcpus=hardware.vcpus,
         controllers=hardware.controllers,
@@ -47,6 +54,16 @@ def add_all(hardware: Hardware, instance: Instance, home: str, features: Feature
     for nic in machine.nics:
         nics.add(hardware, nic)
     hardware.ports = 0
+
+
+def _seed(wanted: Seed, instance: Instance, home: str) -> Disk:
+    """The CD-ROM on which the guest's cloud-init finds what is set for it."""
+    path = f"{home}/{SEED}"
+    content = seed.make(wanted, instance.spec.hostname or instance.name, f"ovt-{instance.id}")
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    os.rename(f"{path}.tmp", path)
+    return Disk(path, "seed", "cdrom", "raw", mode="readonly")
 
 
 def describe(hardware: Hardware, home: str) -> list[str]:

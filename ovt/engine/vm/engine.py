@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovt.engine.base import Guest, Leftover, Process, Stats
 from ovt.engine.container import facts, usage
-from ovt.engine.vm import devices, guest_view, jail, process, resize, saved, source
+from ovt.engine.vm import devices, firmware, guest_view, jail, process, resize, saved, seed, source
 from ovt.engine.vm.features import Features, choose_accel, probe
 from ovt.engine.vm.hardware import FILE, Hardware, freeze
 from ovt.engine.vm.qmp import Gone, Qmp
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ovt.engine.container.engine import ContainerEngine
 
 _SIGKILL, _SIGTERM = 9, 15
+_USERFAULTFD = "/dev/userfaultfd"
+MOVING = "outgoing.json"  # in the home of a machine that ovt.machines.outgoing moves
 _POWER_SIGNALS = {_SIGTERM, 2, 3}  # TERM, INT and QUIT are the power button
 _RUN_STATES = {
     "running": Status.RUNNING,
@@ -67,6 +69,8 @@ class VmEngine:
 
     def prepare(self, spec: Spec) -> tuple[Spec, dict[str, Any]]:
         choose_accel(spec.machine.accel)
+        if spec.machine.seed is not None:
+            seed.check(spec.machine.seed)
         spec, found = source.resolve(spec, self.cache, self.report)
         identity = {
             "uuid": str(uuid.UUID(bytes=os.urandom(16), version=4)),
@@ -93,7 +97,14 @@ class VmEngine:
         lines.append(f"run {self.features.program} in a container of its own, as a user of its own")
         return lines
 
-    def create(self, instance: Instance, home: str, exit_command: list[str], env: dict[str, str]) -> Guest:
+    def create(
+        self, instance: Instance, home: str, exit_command: list[str], env: dict[str, str], incoming: bool = False
+    ) -> Guest:
+        """See Engine.create. With `incoming` the machine waits for a migration; its hardware is in `home` already."""
+        if incoming:
+            job = self.job(instance, home, Hardware.load(home))
+            job.incoming = True
+            return self.start_machine(job, exit_command, env)
         if saved.exists(home):
             hardware, state = saved.read(home)
             job = self.job(instance, home, hardware)
@@ -121,6 +132,8 @@ class VmEngine:
         job.initrd_extra = source.main_archive(instance, hardware)
         if hardware.accel == "kvm":
             job.nodes.append(jail.node("/dev/kvm"))
+        if os.path.exists(_USERFAULTFD):
+            job.nodes.append(jail.node(_USERFAULTFD))  # what post-copy migration fetches missing memory with
         devices.prepare_launch(job)
         job.plug = lambda qmp: devices.plug_all(qmp, hardware, home, self.features, job.incoming)
         return job
@@ -143,7 +156,10 @@ class VmEngine:
             self.report(f"the guest's processor is emulated, which is slow: {why}")
         hardware = freeze(spec, self.features, accel, instance.rootfs["firmware"], instance.rootfs)
         hardware.main_port = bool(instance.rootfs.get("builtin"))
-        devices.add_all(hardware, instance, home, self.features, dry)
+        if hardware.firmware == "uefi":
+            found = firmware.find(hardware.machine)
+            hardware.uefi = firmware.record(found) if dry else firmware.prepare(found, home)
+        devices.add_all(hardware, instance, home, dry)
         hardware.grow_ports()
         return hardware
 
@@ -151,6 +167,10 @@ class VmEngine:
         self._go_on(instance)
 
     def _go_on(self, instance: Instance) -> None:
+        if os.path.exists(f"{self.home(instance)}/{MOVING}"):
+            raise StateError(
+                "it is being moved to another host and may run there", f"ovt migrate --resolve {instance.name}"
+            )
         with self.qmp(instance) as qmp:
             saved.discard(self.home(instance))  # before the guest changes what it describes
             qmp.command("cont")

@@ -45,8 +45,8 @@ class Features(NamedTuple):
 
 _DEVICES = (
     "virtio-blk-pci", "virtio-scsi-pci", "nvme", "virtio-net-pci", "e1000e", "e1000", "igb", "rtl8139",
-    "virtio-rng-pci", "virtio-balloon-pci", "virtio-mem-pci", "virtio-9p-pci", "vhost-user-fs-pci", "vhost-vsock-pci", "pvpanic-pci",
-    "i6300esb", "vmgenid", "vfio-pci", "pc-dimm", "VGA", "virtio-serial-pci",
+    "virtio-rng-pci", "virtio-balloon-pci", "virtio-mem-pci", "virtio-9p-pci", "vhost-user-fs-pci", "vhost-vsock-pci",
+    "pvpanic-pci", "i6300esb", "vmgenid", "vfio-pci", "pc-dimm", "VGA", "virtio-serial-pci",
 )  # fmt: skip
 
 

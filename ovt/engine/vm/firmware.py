@@ -1,4 +1,4 @@
-"""What a machine starts from before its disk: QEMU's own BIOS, or a UEFI of the distribution's with variables of its own.
+"""What a machine starts from before its disk: QEMU's own BIOS, or the distribution's UEFI with variables of its own.
 
 Which of the two an image wants is read from its first sectors. UEFI is found by the descriptions that distributions
 ship for it (QEMU's docs/interop/firmware.json). Its code is shared and read-only; its variables are a qcow2 file in
@@ -38,6 +38,7 @@ _UNWANTED = {"enrolled-keys", "requires-smm", "secure-boot"}
 _SECTOR = 512
 _CD_SECTOR = 2048
 _HEAD = 1 << 20  # bytes of an image that is not raw which are looked at
+_QEMU_IMG = "apt-get install qemu-utils"
 _SECONDS = 60.0  # qemu-img may take for them
 _ESP = bytes.fromhex("28732ac11ff8d211ba4b00a0c93ec93b")  # C12A7328-F81F-11D2-BA4B-00A0C93EC93B
 _BIOS_BOOT = b"Hah!IdontNeedEFI"  # 21686148-6449-6E6F-744E-656564454649
@@ -88,6 +89,8 @@ def choose(path: str, format: str = "") -> str:
 def choose_by(read: Read) -> str:
     """The same of what `read` reads: a disk with a GPT or an MBR, or a CD-ROM (El Torito)."""
     first, header = read(0, _SECTOR), read(_SECTOR, 92)
+    if read(16 * _CD_SECTOR, 6)[1:] == b"CD001":  # some have partitions too, to be written to USB sticks
+        return _by_el_torito(read)
     if header.startswith(b"EFI PART"):
         return _by_gpt(read, header)
     if first[510:512] == b"\x55\xaa" and any(first[446:510]):
@@ -95,8 +98,6 @@ def choose_by(read: Read) -> str:
         has_esp = any(partition[4] == _MBR_ESP for partition in partitions)
         legacy = any(first[:440]) or any(partition[0] == _MBR_ACTIVE for partition in partitions)
         return "uefi" if has_esp and not legacy else "bios"
-    if read(16 * _CD_SECTOR, 6)[1:] == b"CD001":
-        return _by_el_torito(read)
     return "bios"
 
 
@@ -150,7 +151,9 @@ def _head(images: Sequence[tuple[str, str]]) -> bytes:
         try:
             done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_SECONDS)
         except FileNotFoundError:
-            raise HostError("disk images need qemu-img, and this host has none", hint="apt-get install qemu-utils")
+            raise HostError(
+                "disk images need qemu-img, and this host has none", hint="apt-get install qemu-utils"
+            ) from None
         except subprocess.TimeoutExpired:
             raise HostError(f"qemu-img has not read {images[-1][0]} in {_SECONDS:.0f} s") from None
         if done.returncode:

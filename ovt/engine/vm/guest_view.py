@@ -7,7 +7,7 @@ from typing import Any
 
 from ovt.engine.base import Process
 from ovt.engine.vm import agent_copy, agent_exec, agent_program, agent_verbs, guest_info, process
-from ovt.engine.vm.agent import Agent, NoAgent, port_open
+from ovt.engine.vm.agent import Agent, NoAgent, port_open, printable
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Gone
 from ovt.errors import OvtError, StateError
@@ -37,6 +37,11 @@ def execute(home: str, instance: Instance, program: Process, detach: bool, note:
     """Run a program in the guest with this process's streams; see Engine.exec."""
     connection = agent(home)
     _await(connection, instance)
+    if instance.rootfs.get("builtin"):  # its environment is the instance's; that of an installed system is its own
+        spec = instance.spec
+        program = program._replace(
+            env=(*spec.env, *program.env), workdir=program.workdir or spec.workdir, user=program.user or spec.user
+        )
     return agent_exec.execute(connection, program, detach=detach, note=note)
 
 
@@ -64,11 +69,11 @@ def processes(home: str, instance: Instance) -> list[dict[str, Any]]:
             found.append(
                 {
                     "pid": int(pid),
-                    "user": user,
+                    "user": printable(user, 64),
                     "state": state[0],
                     "cpu_seconds": _seconds(time),
                     "memory": _kibibytes(rss),
-                    "command": command,
+                    "command": printable(command, 4096),
                 }
             )
     return found

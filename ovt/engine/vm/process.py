@@ -12,16 +12,17 @@ import json
 import os
 import socket
 import stat
+import time
 import tty
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ovt.engine import supervisor
-from ovt.engine.vm import arguments, devices, jail
+from ovt.engine.vm import arguments, devices, firmware, jail
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError, listen
-from ovt.errors import HostError, NotFound
+from ovt.errors import Conflict, HostError, NotFound
 
 if TYPE_CHECKING:
     from ovt.engine.container.bundle import Facts
@@ -34,6 +35,7 @@ ERRORS = "qemu.log"
 EXIT_STATUS = "guest-exit"
 _HANDSHAKE_SECONDS = 60.0  # a loaded host starts QEMU slowly
 _ERRORS_KEPT = 64 << 10
+_LOCK_POLL = 0.005
 _BEYOND = 0o004  # readable by anyone
 
 
@@ -185,6 +187,10 @@ def _descriptors(job: Launch, stack: contextlib.ExitStack) -> dict[str, int]:
         given["kernel"] = _readable(hardware.kernel, b"", stack)
         if hardware.initrd:
             given["initrd"] = _readable(hardware.initrd, job.initrd_extra, stack)
+    if hardware.uefi:
+        given["code"], given["vars"] = firmware.open_files(hardware.uefi, job.home)
+        stack.callback(os.close, given["code"])
+        stack.callback(os.close, given["vars"])
     if job.memory >= 0:
         given["memory"] = job.memory
     if hardware.cid and os.path.exists("/dev/vhost-vsock"):
@@ -250,14 +256,29 @@ def last_words(home: str) -> str:
 
 @contextlib.contextmanager
 def running(home: str, timeout: float = 30.0) -> Iterator[Qmp]:
-    """A command connection to the machine in `home`, one command of ovt at a time; Gone when it has ended."""
+    """A command connection to the machine in `home`, one command of ovt at a time.
+
+    Gone when it has ended, Conflict when another command keeps it for `timeout` seconds.
+    """
     lock = os.open(f"{home}/qmp.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + timeout
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise Conflict("another ovt command is at work on it", "wait for its end, or see `ps` for what it is")
+            time.sleep(_LOCK_POLL)
         with Qmp.connect(f"{home}/{QMP_SOCKET}", timeout) as qmp:
             yield qmp
     finally:
         os.close(lock)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_socket(path: str) -> bool:

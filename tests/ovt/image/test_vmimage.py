@@ -136,8 +136,9 @@ def test_a_guest_boots(tmp_path: Path, image: kernel.Kernel) -> None:
         timeout=110,
         check=False,
     )
-    said = [line.strip() for line in done.stdout.decode().splitlines()]
-    assert said[:5] == ["has ext4", "has 9p", "root 755 main 600", "arg=echo|arg=a b|hostname=web|tty=0|", "THE-END"]
+    # without the kernel's own words, of which the failing mounts are worth one
+    said = [line.strip() for line in done.stdout.decode().splitlines() if not line.startswith("[")]
+    assert said == ["has ext4", "has 9p", "root 755 main 600", "arg=echo|arg=a b|hostname=web|tty=0|", "THE-END"]
 
 
 def test_the_archives_first_entry_is_the_root(image: kernel.Kernel) -> None:

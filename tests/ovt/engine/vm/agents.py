@@ -149,7 +149,7 @@ def qemu_ga(home: Path) -> Iterator[None]:
             time.sleep(0.01)
         yield
     finally:
-        process.terminate()
+        process.kill()  # its handler of SIGTERM takes a lock that it may have interrupted
         process.communicate(timeout=20)
 
 
