@@ -67,6 +67,14 @@ def _of_instance(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
 
     if instance.kind is Kind.VM and (moving := _moving(host, instance, fix)):
         return moving
+    if status is Status.BROKEN and instance.rootfs.get("half_made"):
+
+        def remove() -> None:
+            host.engine(instance.kind).cleanup(instance, home)
+            host.engine(instance.kind).destroy(instance, home)
+            host.store.remove(instance)
+
+        return _finish(instance, "half made: the command that made it was killed", fix, remove)
     if status is Status.BROKEN:
         new = Status.STOPPED if instance.started else Status.CREATED
         return _finish(instance, "the command that changed it was killed", fix, lambda: clean(new))

@@ -59,6 +59,8 @@ COMMANDS: dict[str, Entry] = {
     "suspend": Entry("machine", "Have guests go to sleep", _MACHINE),
     "wake": Entry("machine", "Wake guests that sleep", _MACHINE),
     "save": Entry("machine", "Write memory to the disk and end; start goes on from there", _MACHINE),
+    "snapshot": Entry("snapshots", "Keep states, list them, go back to them, delete them", _MACHINE),
+    "clone": Entry("snapshots", "Make a new machine from one or from a snapshot of it", _MACHINE),
     "migrate": Entry("migration", "Move a running machine to another host", _MACHINE),
     "receive": Entry("migration", "Take machines that other hosts send", _MACHINE),
     "info": Entry("system", "Describe this host and this installation", _SYSTEM),

@@ -27,7 +27,7 @@ _COMMAND_WIDTH = 30
     "filters",
     multiple=True,
     metavar="KEY=VALUE",
-    help="status, name, id, image, label or exited; several of a key are alternatives.",
+    help="status, kind, name, id, image, label or exited; several of a key are alternatives.",
 )
 @click.option("--format", "form", default="table", metavar="FORMAT", help="table, json, TEMPLATE or 'table TEMPLATE'.")
 @click.option("--no-trunc", is_flag=True, help="Show long commands and images whole.")
@@ -87,6 +87,7 @@ def _columns(now: float, whole: bool) -> list[Column]:
     return [
         Column("ID", "id"),
         Column("NAME", "name"),
+        Column("KIND", "kind"),
         Column("IMAGE", "image", image),
         Column("COMMAND", "command", command),
         Column("CREATED", "created", lambda item: f"{show_age(now - item['times']['created'])} ago"),
@@ -120,8 +121,10 @@ def _filters(texts: tuple[str, ...]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or key not in {"status", "name", "id", "image", "label", "exited"}:
-            raise UsageError(f"filter {text!r} is not known", "KEY=VALUE with status, name, id, image, label or exited")
+        if not equals or key not in {"status", "kind", "name", "id", "image", "label", "exited"}:
+            raise UsageError(
+                f"filter {text!r} is not known", "KEY=VALUE with status, kind, name, id, image, label or exited"
+            )
         if key == "status" and value not in set(Status):
             raise UsageError(f"there is no status {value!r}", "one of " + ", ".join(Status))
         result.setdefault(key, []).append(value)
@@ -131,6 +134,7 @@ def _filters(texts: tuple[str, ...]) -> dict[str, list[str]]:
 def _matches(instance: Instance, status: Status, wanted: dict[str, list[str]]) -> bool:
     tests: dict[str, Callable[[str], bool]] = {
         "status": lambda value: status == value,
+        "kind": lambda value: instance.kind == value,
         "name": lambda value: value in instance.name,
         "id": lambda value: instance.id.startswith(value),
         "image": lambda value: value in instance.spec.image,

@@ -38,7 +38,8 @@ def stats(app: App, instances: tuple[str, ...], no_stream: bool, interval: float
         if form == "json" and not no_stream:
             output.show_line(records)
         else:
-            output.show(records, _COLUMNS, form)
+            under_kvm = any(record["exits"] for record in records)
+            output.show(records, [*_COLUMNS, _EXITS] if under_kvm else _COLUMNS, form)
         output.flush()
         if no_stream or (instances and not records):
             return worst
@@ -64,11 +65,14 @@ def _sample(
             continue
         now = time.monotonic()
         earlier = before.get(instance.id)
-        share = 0.0
+        share = exits = 0.0
         if earlier:
+            exits = (used.exits - earlier[1].exits) / (now - earlier[0])
             share = 100 * (used.cpu_seconds - earlier[1].cpu_seconds) / (now - earlier[0])
         before[instance.id] = before[reference] = (now, used)
-        records.append({"id": instance.id, "name": instance.name, "cpu_percent": round(share, 2), **used._asdict()})
+        record = {"id": instance.id, "name": instance.name, "kind": instance.kind.value}
+        rates = {"cpu_percent": round(share, 2), "exits_per_second": round(exits, 1)}
+        records.append({**record, **rates, **used._asdict()})
     return worst
 
 
@@ -85,6 +89,7 @@ _COLUMNS = [
     Column("BLOCK READ / WRITE", "", lambda i: f"{show_size(i['block_read'])} / {show_size(i['block_write'])}"),
     Column("PIDS", "pids"),
 ]
+_EXITS = Column("EXITS", "exits_per_second", lambda item: f"{item['exits_per_second']:.0f}/s")
 
 
 @click.command()
@@ -94,10 +99,19 @@ _COLUMNS = [
 def top(app: App, instance: str, form: str) -> int:
     """List the processes of an instance, with their pids inside and on the host."""
     app.subject = instance
-    output.show(app.host.processes(instance), _PROCESS_COLUMNS, form)
+    records = app.host.processes(instance)
+    of_guest = any(record["host_pid"] is None for record in records)  # a machine's own: the host does not know them
+    output.show(
+        records,
+        [_USER if c.key == "host_uid" else c for c in _PROCESS_COLUMNS if c.key != "host_pid"]
+        if of_guest
+        else _PROCESS_COLUMNS,
+        form,
+    )
     return 0
 
 
+_USER = Column("USER", "user")
 _PROCESS_COLUMNS = [
     Column("PID", "pid"),
     Column("HOST PID", "host_pid"),

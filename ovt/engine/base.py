@@ -46,6 +46,7 @@ class Stats(NamedTuple):
     block_write: int
     network_received: int
     network_sent: int
+    exits: int = 0  # of a machine under KVM, to the host
 
 
 class Leftover(NamedTuple):
@@ -99,7 +100,7 @@ class Engine(Protocol):
 
     def processes(self, instance: Instance) -> list[dict[str, Any]]:
         """All processes in the guest: `pid` inside, `host_pid`, `host_uid`, `state` as in proc(5), `cpu_seconds`,
-        `memory` in bytes, `command`."""
+        `memory` in bytes, `command`. For a machine the host's are None, and `user` is a name in the guest."""
 
     def stats(self, instance: Instance) -> Stats:
         """What the guest uses now."""

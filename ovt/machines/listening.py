@@ -34,9 +34,9 @@ class Meeting:
 
     def __init__(self, run: str, token: str, channels: Mapping[str, str]) -> None:
         os.makedirs(f"{run}/{_MEETINGS}", mode=0o700, exist_ok=True)
-        self._path = f"{run}/{_MEETINGS}/{token}"
+        self._place = (run, token)
         self._channels = channels
-        self._listener = listen_at(self._path, 64)
+        self._listener = listen_at(f"{run}/{_MEETINGS}/{token}", 64)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -44,8 +44,7 @@ class Meeting:
         return self
 
     def __exit__(self, *ignored: object) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        close_meeting(*self._place)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join(5.0)
@@ -74,6 +73,12 @@ class Meeting:
                 connection.sendall(f"QEMU does not answer: {error.strerror}".encode())
                 return
             socket.send_fds(connection, [b"ok"], [qemu.fileno()])
+
+
+def close_meeting(run: str, token: str) -> None:
+    """Take away the place of a session, also of a killed one."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{run}/{_MEETINGS}/{token}")
 
 
 def meet(run: str, token: str, channel: str) -> socket.socket:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _PREPARE = 180.0  # seconds for a loaded host to start QEMU
 _COMMIT = 120.0
+_CLEANING = 5.0  # for the other host to take away what a killed session has left
 _TICK = 0.2
 
 
@@ -136,6 +137,7 @@ class _Move:
         self._began = time.monotonic()
         self.qmp = stack.enter_context(process.running(self.home))
         self.dialer, self.control = outgoing.connect(address, stack)
+        self.token = os.urandom(16).hex()
         self.run = False
         self.disks = migration.disks(self.qmp)
         self.plan = Plan(instance, {}, options.settings)
@@ -163,7 +165,8 @@ class _Move:
             self.options.trust,
         )
         flags = blockers.cpu_flags() if str(hardware["cpu"]).split(",")[0] == "host" else ()
-        self.plan = plan._replace(flags=flags, new_id=self.options.new_id)
+        id = os.urandom(6).hex() if self.options.new_id else self.instance.id
+        self.plan = plan._replace(instance=self.instance._replace(id=id), flags=flags, new_id=self.options.new_id)
         found += more + blockers.settings_refused(self.qmp, self.plan.settings)
         answer = self.control.call("check", "checked", plan=self.plan.pack())
         return found + [Blocker(*entry) for entry in answer["blockers"]]
@@ -179,24 +182,33 @@ class _Move:
         answer = self.control.call("survey", "surveyed", traces=[trace._asdict() for trace in traces])
         return {trace.path: str(answer["there"].get(trace.path, "missing")) for trace in traces}
 
-    def prepare(self) -> wire.Message:
+    def prepare(self) -> None:
         """Have the machine made on the other host."""
-        self.control.call("prepare", "go", plan=self.plan.pack())
+        try:
+            self._prepare()
+        except wire.PeerGone:
+            with _undisturbed():  # a session that was killed has left what it had made
+                outgoing.owner(self.address, self.plan.instance.id, self.token, _CLEANING)
+            raise
+
+    def _prepare(self) -> None:
+        self.control.call("prepare", "go", plan=self.plan.pack(), token=self.token)
         for file in self.plan.files:
             fd = os.open(file.source, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 self.control.send_file(fd, file.size)
             finally:
                 os.close(fd)
-        return self.control.answer("prepared", _PREPARE)
+        self.control.answer("prepared", _PREPARE)
 
     # the migration
 
     def go(self) -> Outcome:
         """Move it, or let it go on here and raise why."""
-        own, prepared = os.getpid(), self.prepare()
+        self.prepare()
+        own = os.getpid()
         record = {
-            "token": prepared["token"], "id": prepared["id"], "address": self.address.pack(), "committed": False,
+            "token": self.token, "id": self.plan.instance.id, "address": self.address.pack(), "committed": False,
             "run": self.run, "keep": self.options.keep, "before": migration.parameters(self.qmp), "pid": own,
             "start_time": procfs.start_time(own) or 0,
         }  # fmt: skip
@@ -206,7 +218,7 @@ class _Move:
         channels = {"memory": f"{directory}/{migration.OUT}"}
         if mirrored:
             channels["disks"] = f"{directory}/{migration.NBD}"
-        with Relay(self.dialer, prepared["token"], channels) as relay:
+        with Relay(self.dialer, self.token, channels) as relay:
             try:
                 replace_json(f"{self.home}/{outgoing.RECORD}", record)
                 lent = migration.lend_directory(self.qmp, directory)
@@ -231,7 +243,7 @@ class _Move:
         with contextlib.suppress(OvtError):
             self.control.call("bye", "bye", timeout=5.0)
         counts = (result.total, result.downtime, pause, result.transferred)
-        return Outcome(self.instance.name, str(prepared["id"]), *counts)
+        return Outcome(self.instance.name, self.plan.instance.id, *counts)
 
     def _copy_disks(self, lent: str, mirrored: list[migration.Disk]) -> None:
         if not mirrored:
@@ -312,7 +324,7 @@ class _Move:
             try:
                 self.control.call("abort", "aborted", timeout=_PREPARE)
             except OvtError:  # its session may be gone without having cleaned up
-                outgoing.owner(self.address, str(record["id"]), str(record["token"]), patience=5.0)
+                outgoing.owner(self.address, str(record["id"]), str(record["token"]), patience=_CLEANING)
 
 
 def _too_slow(progress: Progress) -> str:

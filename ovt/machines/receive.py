@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,15 +27,16 @@ from ovt.engine.vm.qmp import Qmp
 from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError
 from ovt.kernel import procfs
 from ovt.machines import blockers, survey, wire
-from ovt.machines.listening import Meeting
+from ovt.machines.listening import Meeting, close_meeting
 from ovt.machines.moving import Plan
-from ovt.model import Instance, Kind, Status
+from ovt.model import Instance, Kind, Status, is_id
 
 if TYPE_CHECKING:
     from ovt.host import Host
 
 RECORD = "incoming.json"
 DIRECTORY = "migration"  # below a machine's home: the sockets that QEMU is lent
+_TOKEN = re.compile("[0-9a-f]{32}")
 _ARRIVAL = 60.0  # seconds from the source's last byte to a guest that could run
 
 
@@ -44,7 +46,7 @@ class Session:
     def __init__(self, host: Host, control: wire.Control) -> None:
         self.host = host
         self.control = control
-        self.token = os.urandom(16).hex()
+        self.token = ""
         self.instance: Instance | None = None
         self.committed = False
         self._directory = self._lent = ""
@@ -117,10 +119,14 @@ class Session:
     def _prepare(self, message: wire.Message) -> dict[str, Any]:
         """Everything up to a QEMU that waits for the memory; the files follow the message."""
         plan = Plan.unpack(message["plan"])
-        if self.instance is not None:
+        if self.token:
             raise StateError("a machine is on its way already in this session")
+        token = str(message["token"])
+        if not is_id(plan.instance.id) or not _TOKEN.fullmatch(token):
+            raise HostError("an id or a token is none")
         if found := blockers.at_target(self.host, plan):
             raise StateError("; ".join(map(str, found)), "ovt migrate --check")
+        self.token = token
         try:
             home = self._begin(plan)
             self.control.send("go")
@@ -128,14 +134,14 @@ class Session:
         except BaseException:
             self._discard()
             raise
-        return {"type": "prepared", "token": self.token, "id": instance.id, "name": instance.name}
+        return {"type": "prepared", "name": instance.name}
 
     def _begin(self, plan: Plan) -> str:
         """Keep a record of the machine, locked until the end of this session; its directory."""
         store, own = self.host.store, os.getpid()
-        id = os.urandom(6).hex() if plan.new_id else plan.instance.id
+        id = plan.instance.id
         instance = plan.instance._replace(
-            id=id, kind=Kind.VM, status=Status.CREATING, pid=own, start_time=procfs.start_time(own) or 0,
+            kind=Kind.VM, status=Status.CREATING, pid=own, start_time=procfs.start_time(own) or 0,
             supervisor_pid=0, supervisor_start_time=0, restart_at=0.0, stop_wanted=False, error="",
         )  # fmt: skip
         store.add(instance)
@@ -245,7 +251,7 @@ class Session:
 
     def _adopt(self, id: str, token: str) -> None:
         self._open.enter_context(self.host.store.locked(id, wait=False))
-        home = self.host.store.home(id)
+        home, self.token = self.host.store.home(id), os.urandom(16).hex()
         if read_record(home).get("token") != token:
             raise NotFound("that machine has not come in such a session")
         self._qmp = self._open.enter_context(process.running(home))
@@ -330,6 +336,7 @@ def _finish(host: Host, instance: Instance, home: str, run: bool) -> str:
             remove(host, instance)
             return "nowhere"
     settled(host, instance, Status.RUNNING if run else Status.PAUSED)
+    close_meeting(host.run_root, read_record(home)["token"])
     return "here"
 
 
@@ -370,6 +377,8 @@ def repair(host: Host, instance: Instance) -> str:
 def remove(host: Host, instance: Instance) -> None:
     """Take away a machine that has not arrived: QEMU, files, record; only inside `locked`."""
     home = host.store.home(instance.id)
+    if token := read_record(home).get("token"):
+        close_meeting(host.run_root, token)
     engine = host.engine(Kind.VM)
     engine.cleanup(instance, home)
     exits.wait_for_record(home, 10.0)

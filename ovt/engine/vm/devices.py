@@ -128,12 +128,13 @@ def stats(engine: VmEngine, instance: Instance, read: Stats) -> Stats:
     """What the cgroup says, with the guest's memory, disks and network in the place of QEMU's own."""
     hardware = Hardware.load(engine.home(instance))
     memory_limit = resize.total_memory(hardware)
-    block_read = block_write = 0
+    block_read = block_write = exits = 0
     try:
         with engine.qmp(instance, 5.0) as qmp:
             for counts in disks.stats(qmp).values():
                 block_read += counts[0]
                 block_write += counts[1]
+            exits = _exits(qmp) if hardware.accel == "kvm" else 0
             if hardware.balloon:
                 try:
                     memory_limit = int(qmp.command("query-balloon")["actual"])
@@ -147,4 +148,11 @@ def stats(engine: VmEngine, instance: Instance, read: Stats) -> Stats:
         block_write=block_write,
         network_received=0,
         network_sent=0,
+        exits=exits,
     )
+
+
+def _exits(qmp: Qmp) -> int:
+    """How often the guest's processors have left it for the host, since its start."""
+    wanted = {"target": "vcpu", "providers": [{"provider": "kvm", "names": ["exits"]}]}
+    return sum(int(entry["value"]) for one in qmp.command("query-stats", wanted) for entry in one["stats"])

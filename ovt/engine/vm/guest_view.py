@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,11 @@ from ovt.model import Instance
 
 _BOOT_SECONDS = 300.0  # for an emulated guest with a whole system
 _SLOW_SYNC = 15.0  # seconds an agent may take to answer where the processor is emulated
-_COLUMNS = "pid=,user=,stat=,time=,rss=,args="
+# One program for all files, because a guest may need a hundredth of a second to start one.
+_READ_PROC = "head -c 4000 /proc/[0-9]*/stat /proc/[0-9]*/status /proc/[0-9]*/cmdline"
+_HEADER = re.compile(r"(?:\A|\n)==> (?=/proc/\d)|(?<=/stat) <==\n|(?<=/status) <==\n|(?<=/cmdline) <==\n")
+_FILE = re.compile(r"/proc/(\d+)/(stat|status|cmdline)")
+_TICKS, _PAGE = 100, 4096  # USER_HZ and the page size of x86
 
 
 def agent(home: str, emulated: bool | None = None) -> Agent:
@@ -53,30 +59,38 @@ def copy(home: str, instance: Instance, source: str, target: str, into: bool) ->
 
 
 def processes(home: str, instance: Instance) -> list[dict[str, Any]]:
-    """What `ps` says in the guest; see Engine.processes. There are no pids of the host: those are QEMU's."""
+    """The guest's processes, read from its /proc (proc(5)); see Engine.processes. StateError for one that has none."""
     connection = agent(home)
     _await(connection, instance)
-    done = agent_program.collect(connection, ("ps", "-eo", _COLUMNS))
-    if done.status:
-        done = agent_program.collect(connection, ("ps", "-o", "pid,user,stat,time,rss,args"))  # busybox
-    if done.status:
-        raise StateError("the guest has no `ps` that works", f"ovt exec {instance.name} sh")
-    found = []
-    for line in done.out.decode(errors="replace").splitlines():
-        fields = line.split(None, 5)
-        if len(fields) == 6 and fields[0].isdigit():
-            pid, user, state, time, rss, command = fields
-            found.append(
-                {
-                    "pid": int(pid),
-                    "user": printable(user, 64),
-                    "state": state[0],
-                    "cpu_seconds": _seconds(time),
-                    "memory": _kibibytes(rss),
-                    "command": printable(command, 4096),
-                }
-            )
-    return found
+    done = agent_program.collect(connection, ("sh", "-c", _READ_PROC))
+    files: dict[tuple[int, str], str] = {}
+    for header, content in itertools.pairwise([*_HEADER.split(done.out.decode(errors="replace"))[1:], ""]):
+        if (known := _FILE.fullmatch(header)) is not None:
+            files[int(known[1]), known[2]] = content
+    found = [_process(pid, files) for pid, name in sorted(files) if name == "stat"]
+    if not found:
+        raise StateError("the guest does not show its processes as Linux does", f"ovt exec {instance.name} ps")
+    return [entry for entry in found if entry]
+
+
+def _process(pid: int, files: dict[tuple[int, str], str]) -> dict[str, Any]:
+    """One process; empty when it ended while it was read."""
+    name, _, rest = files[pid, "stat"].partition("(")[2].rpartition(")")
+    fields = rest.split()
+    uid = re.search(r"^Uid:\s+(\d+)", files.get((pid, "status"), ""), re.MULTILINE)
+    if len(fields) < 22 or uid is None:
+        return {}
+    command = files.get((pid, "cmdline"), "").rstrip("\0\n").replace("\0", " ")
+    return {
+        "pid": pid,
+        "host_pid": None,
+        "host_uid": None,
+        "user": uid[1],
+        "state": printable(fields[0], 1),
+        "cpu_seconds": round((int(fields[11]) + int(fields[12])) / _TICKS, 2),
+        "memory": int(fields[21]) * _PAGE,
+        "command": printable(command or f"[{name}]", 4096),
+    }
 
 
 def info(home: str, instance: Instance) -> dict[str, Any]:
@@ -116,19 +130,3 @@ def _alive(home: str) -> bool:
             return bool(qmp.command("query-status")["status"] not in {"shutdown", "guest-panicked"})
     except Gone:
         return False
-
-
-def _seconds(text: str) -> float:
-    """`[[days-]hours:]minutes:seconds` of ps."""
-    days, _, clock = text.rpartition("-")
-    total = 0
-    for part in clock.split(":"):
-        total = total * 60 + int(part) if part.isdigit() else total
-    return float(total + (int(days) * 86400 if days.isdigit() else 0))
-
-
-def _kibibytes(text: str) -> int:
-    """Bytes from ps's column rss: KiB, in busybox with a unit."""
-    unit = {"m": 1 << 20, "g": 1 << 30}.get(text[-1:], 1 << 10)
-    number = text.rstrip("mg")
-    return int(float(number) * unit) if number.replace(".", "", 1).isdigit() else 0

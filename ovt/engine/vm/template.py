@@ -30,7 +30,7 @@ from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware, replace_json
 from ovt.engine.vm.memory_state import DEVICES, Progress, Saved
 from ovt.engine.vm.qmp import Qmp
-from ovt.errors import Conflict, HostError, NotFound, OvtError, refused
+from ovt.errors import Conflict, HostError, NotFound, OvtError, UsageError, refused
 from ovt.model import check_name
 
 VERSION = 1
@@ -318,12 +318,32 @@ class Building:
         os.chmod(target, 0o444)
         return f"{self.home}/{DISKS}/{name}"
 
+    def keep_disks(self, home: str, hardware: Hardware) -> Hardware:
+        """Keep every image of a machine that lies in its `home`; the hardware that stands on the kept ones.
+
+        `hardware` is that of the moment when the memory was saved; each disk must go on in a new file above by now.
+        UsageError for a disk that is written to directly, into an image of its owner's: nobody can freeze that.
+        """
+        kept = hardware.copy()
+        for disk in kept.disks:
+            chain = disk.get("chain") or []
+            read = disk.get("readonly") or disk.get("device") == "cdrom"
+            if chain and not read and chain[-1]["path"].startswith("/"):
+                raise UsageError(
+                    f"disk {disk['id']} is {chain[-1]['path']} itself", "only disks of mode overlay go along"
+                )
+            for number, layer in enumerate(chain):
+                if not layer["path"].startswith("/"):
+                    layer["path"] = self.keep_disk(f"{home}/{layer['path']}", f"{disk['id']}.{number}")
+        return kept
+
     def finish(self, template: Template) -> Template:
         """Write the record and put everything in its place; Conflict when another was faster."""
         if template.memory:
             memory = f"{self.path}/{MEMORY}"
             os.chmod(memory, 0o444)
             _sync(memory)
+        template = template._replace(disks=tuple(sorted(os.listdir(f"{self.path}/{DISKS}"))))
         for path in (f"{self.path}/{DISKS}/{disk}" for disk in template.disks):
             _sync(path)
         _sync(f"{self.path}/{DISKS}")
@@ -347,14 +367,13 @@ def record(
     digest: str = "",
     source: str = "",
     shared: bool = True,
-    disks: tuple[str, ...] = (),
 ) -> Template:
     """The record of a template taken now. `hardware` without NICs, as the guest had none when it was taken.
 
     `shared`: there is a memory file.
     """
     memory = hardware.memory if shared else 0
-    return Template(name, os.geteuid(), time.time(), image, digest, source, hardware.pack(), state, memory, disks)
+    return Template(name, os.geteuid(), time.time(), image, digest, source, hardware.pack(), state, memory)
 
 
 def _copy(source: str, target: str) -> None:

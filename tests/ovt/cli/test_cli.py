@@ -197,7 +197,7 @@ def test_ps(ovt: Ovt, web: str, host: Host) -> None:
     ovt("stop", "old")
     lines = [re.sub(r" {2,}", "|", ID.sub("ID", line)) for line in ovt("ps", "-a").out.splitlines()]
     assert lines == [
-        "ID|NAME|IMAGE|COMMAND|CREATED|STATUS",
+        "ID|NAME|KIND|IMAGE|COMMAND|CREATED|STATUS",
         "ID|web|busybox|sleep 9|less than a second ago|running less than a second",
         "ID|db|busybox|a-command-that-is-rather-long…|less than a second ago|created",
         "ID|old|busybox|sh|less than a second ago|stopped (143) less than a second ago",

@@ -59,7 +59,7 @@ class Machine:
         self.features = known
         self.process: subprocess.Popen[bytes] | None = None
         self.qmp: Qmp | None = None
-        home.mkdir(parents=True)
+        home.mkdir(parents=True, exist_ok=True)
         (home / "disks").mkdir()
         records = []
         for number in range(count):

@@ -93,6 +93,21 @@ def test_the_guest_goes_on_afterwards_and_can_be_saved_again(features: Features,
         assert running(qmp)
 
 
+def test_it_can_be_saved_again_and_again(features: Features, tmp_path: Path) -> None:
+    """With multifd, QEMU 10.0 aborts by an assertion, mostly within ten times."""
+    with bare.qemu() as qmp:
+
+        def look(done: int, total: int) -> None:
+            states = {entry["capability"]: entry["state"] for entry in qmp.command("query-migrate-capabilities")}
+            assert not states["multifd"]
+
+        qmp.command("cont")
+        for _ in range(20):
+            memory_state.save_file(qmp, features, str(tmp_path / "state"), progress=look)
+            qmp.command("cont")
+        assert running(qmp)
+
+
 def test_settings_are_as_before(features: Features, tmp_path: Path) -> None:
     with bare.qemu() as qmp:
         before = qmp.command("query-migrate-capabilities"), qmp.command("query-migrate-parameters")["max-bandwidth"]

@@ -310,17 +310,38 @@ def test_another_users_is_refused(templates: Templates) -> None:
         templates.load("web")
 
 
-def test_a_frozen_layer_is_kept_when_its_owner_goes(templates: Templates, tmp_path: Path) -> None:
-    layer = tmp_path / "root.qcow2"
+def test_frozen_layers_are_kept_when_their_owner_goes(templates: Templates, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "disks").mkdir(parents=True)
+    layer = home / "disks/root.qcow2"
     layer.write_bytes(b"layer")
+    (home / "seed.iso").write_bytes(b"seed")
+    base = {"path": "/images/base.raw", "format": "raw"}
+    disks = [
+        {"id": "root", "device": "disk", "chain": [base, {"path": "disks/root.qcow2", "format": "qcow2"}]},
+        {"id": "cdrom1", "device": "cdrom", "chain": [{"path": "seed.iso", "format": "raw"}]},
+        {"id": "cdrom2", "device": "cdrom", "chain": []},
+    ]
+    source = hardware(disks=disks)
     with templates.new("web") as building:
-        path = building.keep_disk(str(layer), "root.0")
-        known = template.record("web", hardware(), Saved(MAPPED, 0, "", 0), image="i", shared=False, disks=("root.0",))
-        building.finish(known)
-    assert os.path.samefile(path, layer)
+        kept = building.keep_disks(str(home), source)
+        known = template.record("web", kept, Saved(MAPPED, 0, "", 0), image="i", shared=False)
+        assert building.finish(known).disks == ("cdrom1.0", "root.1")
+    chain = Hardware.unpack(templates.load("web").hardware).disks[0]["chain"]
+    assert chain == [base, {"path": f"{templates.home('web')}/disks/root.1", "format": "qcow2"}]
+    assert source.disks[0]["chain"][1]["path"] == "disks/root.qcow2"
+    assert os.path.samefile(chain[1]["path"], layer)
     layer.unlink()
-    assert Path(path).read_bytes() == b"layer"
-    assert os.stat(path).st_mode & 0o777 == 0o444
+    assert Path(chain[1]["path"]).read_bytes() == b"layer"
+    assert os.stat(chain[1]["path"]).st_mode & 0o777 == 0o444
+
+
+def test_a_disk_that_is_its_owners_image_cannot_be_frozen(templates: Templates, tmp_path: Path) -> None:
+    disk = {"id": "root", "device": "disk", "chain": [{"path": "/images/base.raw", "format": "raw"}]}
+    with templates.new("web") as building:
+        with pytest.raises(UsageError, match="disk root is /images/base.raw itself"):
+            building.keep_disks(str(tmp_path), hardware(disks=[disk]))
+        assert building.keep_disks(str(tmp_path), hardware(disks=[{**disk, "readonly": True}])).disks[0]["readonly"]
 
 
 def test_where_no_second_name_is_possible_it_is_a_copy_with_its_holes(
