@@ -57,7 +57,9 @@ def _vnc(app: App, instance: str, listen: str) -> int:
 
 
 @click.command()
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option(
+    "--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to show it."
+)
 @instance_argument("guest", many=False)
 @pass_app
 def guest(app: App, form: str, instance: str) -> int:

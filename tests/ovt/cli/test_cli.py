@@ -198,9 +198,9 @@ def test_ps(ovt: Ovt, web: str, host: Host) -> None:
     lines = [re.sub(r" {2,}", "|", ID.sub("ID", line)) for line in ovt("ps", "-a").out.splitlines()]
     assert lines == [
         "ID|NAME|KIND|IMAGE|COMMAND|CREATED|STATUS",
-        "ID|web|busybox|sleep 9|less than a second ago|running less than a second",
-        "ID|db|busybox|a-command-that-is-rather-long…|less than a second ago|created",
-        "ID|old|busybox|sh|less than a second ago|stopped (143) less than a second ago",
+        "ID|web|container|busybox|sleep 9|less than a second ago|running less than a second",
+        "ID|db|container|busybox|a-command-that-is-rather-long…|less than a second ago|created",
+        "ID|old|container|busybox|sh|less than a second ago|stopped (143) less than a second ago",
     ]
     assert len(ovt("ps").out.splitlines()) == 2
     assert len(ovt("ps", "--no-header").out.splitlines()) == 1
@@ -220,6 +220,8 @@ def test_ps(ovt: Ovt, web: str, host: Host) -> None:
         (["exited=143"], "old"),
         (["exited=0"], ""),
         (["image=busy", "status=stopped"], "old"),
+        (["kind=vm"], ""),
+        (["kind=container", "name=e"], "web"),
     ],
 )
 def test_filters(ovt: Ovt, web: str, filters: list[str], expected: str) -> None:
@@ -354,7 +356,7 @@ def test_force_offers_everything_to_delete(ovt: Ovt, web: str, host: Host) -> No
         (("cp",), "w", [("web:", "plain"), ("w", "file")]),
         (("run",), "bu", [("busybox", "plain"), ("bu", "file")]),
         (("run",), "./", [("./", "file")]),
-        (("re",), "re", [("restart", "plain"), ("resume", "plain"), ("rename", "plain")]),
+        (("res",), "res", [("restart", "plain"), ("resume", "plain"), ("reset", "plain")]),
     ],
 )
 def test_images_and_files_are_offered(
@@ -362,7 +364,7 @@ def test_images_and_files_are_offered(
 ) -> None:
     from click.shell_completion import ShellComplete
 
-    before = ["--data-root", host.data, "--run-root", host.run_root, *(word for word in words if word != "re")]
+    before = ["--data-root", host.data, "--run-root", host.run_root, *(word for word in words if word != "res")]
     offered = ShellComplete(cli.cli, {}, "ovt", "_OVT_COMPLETE").get_completions(before, incomplete)
     assert [(item.value, item.type) for item in offered] == expected
 
