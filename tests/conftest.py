@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests import leaks
+from tests.guests.fixtures import debian as debian
 from tests.lab import INSIDE
 
 ROOT = Path(__file__).resolve().parent.parent

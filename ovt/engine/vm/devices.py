@@ -57,13 +57,17 @@ def add_all(hardware: Hardware, instance: Instance, home: str, dry: bool) -> Non
 
 
 def _seed(wanted: Seed, instance: Instance, home: str) -> Disk:
-    """The CD-ROM on which the guest's cloud-init finds what is set for it."""
+    """The disk on which the guest's cloud-init finds what is set for it.
+
+    On virtio-blk, not a CD-ROM: cloud-init looks before udev has loaded drivers, and the kernels of cloud images bring
+    that driver in their initramfs, while many have none for a SATA or SCSI drive.
+    """
     path = f"{home}/{SEED}"
     content = seed.make(wanted, instance.spec.hostname or instance.name, f"ovt-{instance.id}")
     with open(f"{path}.tmp", "wb") as file:
         file.write(content)
     os.rename(f"{path}.tmp", path)
-    return Disk(path, "seed", "cdrom", "raw", mode="readonly")
+    return Disk(path, "seed", "disk", "raw", mode="readonly")
 
 
 def describe(hardware: Hardware, home: str) -> list[str]:
