@@ -1,7 +1,7 @@
 """ovt: one tool and one library for a Linux host's guests.
 
-    import ovt
-    ovt.Host().run("busybox", ["true"])     # 0
+import ovt
+ovt.Host().run("busybox", ["true"])     # 0
 """
 
 __version__ = "0.1.0"

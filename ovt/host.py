@@ -95,7 +95,7 @@ class Host:
                 containers = self.engine(Kind.CONTAINER)
                 if not isinstance(containers, ContainerEngine):
                     containers = ContainerEngine(self.run_root, f"{self.data}/images", self.report)
-                self._engines[kind] = VmEngine(containers, f"{self.data}/images", self.report)
+                self._engines[kind] = VmEngine(containers, self.data, self.report)
             else:
                 self._engines[kind] = ContainerEngine(self.run_root, f"{self.data}/images", self.report)
         return self._engines[kind]
@@ -160,6 +160,8 @@ class Host:
             with self.store.locked(reference) as instance:
                 status = self.store.observe(instance)
                 require("delete --force" if force else "delete", instance.name, status)
+                if instance.kind is Kind.VM:
+                    self._not_needed(instance)
                 self._remove(instance)
                 return instance
         except (NotFound, StateError, HostError):
@@ -176,6 +178,12 @@ class Host:
             engine.destroy(ghost, self.store.home(id))
             self.store.discard(id)
             return None
+
+    def _not_needed(self, instance: Instance) -> None:
+        from ovt.engine.vm import clones
+
+        if names := clones.dependants(self.store.home(instance.id)):
+            raise StateError(f"linked clones stand on its disks: {', '.join(names)}", "delete those first")
 
     def _remove(self, instance: Instance) -> None:
         home = self.store.home(instance.id)

@@ -31,6 +31,9 @@ def find(host: Host, fix: bool = False) -> list[Leftover]:
             continue  # being changed, or just deleted
     for id in damaged:
         found.append(Leftover("record", id, f"its record cannot be read: ovt delete --force {id} removes it"))
+    from ovt.machines import templates
+
+    found += [Leftover("template", path, "half made or half removed") for path in templates.leftovers(host, fix)]
     found += host.engine(Kind.CONTAINER).leftovers(lambda id: os.path.isdir(host.store.home(id)), fix)
     return found
 

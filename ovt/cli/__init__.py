@@ -61,6 +61,8 @@ COMMANDS: dict[str, Entry] = {
     "save": Entry("machine", "Write the memory of virtual machines to the disk and end them", _MACHINE),
     "snapshot": Entry("snapshots", "Keep states of a virtual machine", _MACHINE),
     "clone": Entry("snapshots", "Make a new virtual machine NEW from INSTANCE", _MACHINE),
+    "template": Entry("templates", "Keep booted guests, to fork them", _MACHINE),
+    "fork": Entry("templates", "Make a machine that goes on where TEMPLATE was taken", _MACHINE),
     "migrate": Entry("migration", "Move a running virtual machine to another host", _MACHINE),
     "receive": Entry("migration", "Take virtual machines that other hosts send", _MACHINE),
     "info": Entry("system", "Describe this host and this installation", _SYSTEM),

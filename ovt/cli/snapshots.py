@@ -102,11 +102,10 @@ def restore(app: App, force: bool, keep: str | None, yes: bool, instance: str, n
     from ovt.machines import snapshots
 
     app.subject = instance
-    if keep is None and not (yes or force or app.quiet):
+    if keep is None and not app.quiet:
         snapshots.show(app.host, instance, name)  # a name that is not there is no question
-        lost = snapshots.lost(app.host, instance)
-        output.note(f"this throws away {lost}")
-        if sys.stdin.isatty() and not click.confirm("go on?", err=True):
+        output.note(f"this throws away {snapshots.lost(app.host, instance)}")
+        if sys.stdin.isatty() and not (yes or force) and not click.confirm("go on?", err=True):
             return 1
     with _told(app) as report:
         snapshots.restore(app.host, instance, name, force=force, keep=keep, report=report)

@@ -44,9 +44,16 @@ _RT_SCOPE_UNIVERSE = 0
 _IFLA_ADDRESS = 1
 _IFLA_IFNAME = 3
 _IFLA_MTU = 4
+_IFLA_LINK = 5
+_IFLA_MASTER = 10
 _IFLA_LINKINFO = 18
 _IFLA_INFO_KIND = 1
+_IFLA_INFO_DATA = 2
+_IFLA_STATS64 = 23
 _IFLA_NET_NS_FD = 28
+_IFLA_MACVLAN_MODE = 1
+_IFLA_TUN_MULTI_QUEUE = 7
+_MACVLAN_MODE_BRIDGE = 4
 _IFLA_PERM_ADDRESS = 54
 _IFLA_PARENT_DEV_NAME = 56
 _IFLA_PARENT_DEV_BUS_NAME = 57
@@ -83,9 +90,15 @@ class Link:
     mac, permanent_mac  `aa:bb:cc:dd:ee:ff`, '' where the device has none
     kind                the kind of a virtual device (`veth`, `macvlan` …), '' for hardware
     parent              `bus/device` of the hardware below (`pci/0000:03:10.2`, Linux 5.14), '' where there is none
+    master              interface number of the bridge or bond that it is in, 0 for none
+    multi_queue         whether a tap takes more than one descriptor (Linux 4.16)
+    received, sent      bytes, as this side of it counts them
     """
 
-    __slots__ = ("flags", "index", "kind", "mac", "mtu", "name", "parent", "permanent_mac")
+    __slots__ = (
+        *("flags", "index", "kind", "mac", "master", "mtu", "multi_queue", "name", "parent", "permanent_mac"),
+        *("received", "sent"),
+    )
 
     def __init__(self, index: int, flags: int, attributes: dict[int, bytes]) -> None:
         self.index = index
@@ -94,7 +107,14 @@ class Link:
         self.mtu = _u32(attributes.get(_IFLA_MTU, bytes(4)))
         self.mac = attributes.get(_IFLA_ADDRESS, b"").hex(":")
         self.permanent_mac = attributes.get(_IFLA_PERM_ADDRESS, b"").hex(":")
-        self.kind = _text(_attributes(attributes.get(_IFLA_LINKINFO, b""), 0).get(_IFLA_INFO_KIND, b""))
+        self.master = _u32(attributes.get(_IFLA_MASTER, bytes(4)))
+        info = _attributes(attributes.get(_IFLA_LINKINFO, b""), 0)
+        self.kind = _text(info.get(_IFLA_INFO_KIND, b""))
+        self.multi_queue = False
+        if self.kind == "tun":
+            self.multi_queue = any(_attributes(info.get(_IFLA_INFO_DATA, b""), 0).get(_IFLA_TUN_MULTI_QUEUE, b""))
+        counters = attributes.get(_IFLA_STATS64, b"")  # packets received and sent, bytes received and sent, …
+        self.received, self.sent = unpack_from("QQ", counters, 16) if len(counters) >= 32 else (0, 0)
         bus = _text(attributes.get(_IFLA_PARENT_DEV_BUS_NAME, b""))
         device = _text(attributes.get(_IFLA_PARENT_DEV_NAME, b""))
         self.parent = f"{bus}/{device}" if device else ""
@@ -189,6 +209,19 @@ class Netlink:
         """Move a link to another network namespace and give it its new name there, in one message."""
         target = _attribute(_IFLA_NET_NS_FD, pack("i", netns_fd))
         self._change(index, target + _attribute(_IFLA_IFNAME, interface_name(name)))
+
+    def set_master(self, index: int, master: int) -> None:
+        """Put a link into the bridge with interface number `master`; 0 takes it out."""
+        self._change(index, _attribute(_IFLA_MASTER, pack("I", master)))
+
+    def add_macvtap(self, name: str, lower: int, mac: str, netns_fd: int) -> None:
+        """Make a macvtap of mode bridge above the link `lower`, in the network namespace `netns_fd`."""
+        data = _attribute(_IFLA_MACVLAN_MODE, pack("I", _MACVLAN_MODE_BRIDGE))
+        info = _attribute(_IFLA_INFO_KIND, b"macvtap") + _attribute(_IFLA_INFO_DATA, data)
+        body = _ifinfo(0) + _attribute(_IFLA_IFNAME, interface_name(name)) + _attribute(_IFLA_LINK, pack("I", lower))
+        body += _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", ""))) + _attribute(_IFLA_LINKINFO, info)
+        body += _attribute(_IFLA_NET_NS_FD, pack("i", netns_fd))
+        self._request(_RTM_NEWLINK, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, body)
 
     # --- addresses ---
 

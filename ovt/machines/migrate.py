@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ovt.engine.vm import migration, process
+from ovt.engine.vm.firmware import NVRAM
 from ovt.engine.vm.hardware import Hardware, replace_json
 from ovt.engine.vm.migration import Progress, Settings
 from ovt.errors import HostError, OvtError, StateError
@@ -159,7 +160,7 @@ class _Move:
             self.home,
             hardware,
             self._survey(moving.paths(hardware)),
-            {id: disk.size for id, disk in self.disks.items()},
+            {NVRAM: migration.nvram_size(self.qmp), **{id: disk.size for id, disk in self.disks.items()}},
             self.options.settings,
             self.options.with_disks,
             self.options.trust,

@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
+from ovt.engine.vm.firmware import NVRAM
 from ovt.engine.vm.migration import Settings
 from ovt.model import Instance, pack
 
 SEED = "seed.iso"
-NVRAM = "nvram.qcow2"
 _BOOT = ("kernel", "initrd")
 
 
@@ -90,6 +90,8 @@ class Plan(NamedTuple):
 def paths(hardware: Mapping[str, Any]) -> dict[str, bool]:
     """Every file outside the machine's own directory that it uses, with whether it is written to."""
     found = {str(hardware[name]): False for name in _BOOT if hardware.get(name)}
+    if hardware.get("uefi"):
+        found[hardware["uefi"]["code"]] = False
     for disk in hardware["disks"]:
         for number, layer in enumerate(disk.get("chain") or []):
             if os.path.isabs(layer["path"]):
@@ -116,7 +118,7 @@ def arrange(
     """The plan, and what stands against it on the side of the files.
 
     `there` says for every path what the other host has (survey.compare), `sizes` the bytes of every disk by device
-    id. `trust`: files that are there count as the same.
+    id and of the UEFI variables under the name of their file. `trust`: files that are there count as the same.
     """
     hardware = {**hardware, "disks": [dict(disk) for disk in hardware["disks"]]}
     images: list[Image] = []
@@ -152,6 +154,12 @@ def arrange(
         if path and not usable(path, False):
             files.append(File(name, os.stat(path).st_size, path))
             hardware[name] = name  # made absolute there
+    if hardware.get("uefi"):
+        images.append(Image(NVRAM, sizes[NVRAM]))
+        code = hardware["uefi"]["code"]
+        if not usable(code, False):
+            words = f"{code} is {_said(there.get(code, 'missing'))} there"
+            blockers.append(Blocker("firmware", words, "the same version of UEFI (ovmf) on both hosts"))
     if os.path.exists(f"{home}/{SEED}") and SEED not in {file.path for file in files}:
         files.append(File(SEED, os.stat(f"{home}/{SEED}").st_size, f"{home}/{SEED}"))
     settings = settings._replace(disks=any(image.disk for image in images))

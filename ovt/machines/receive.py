@@ -182,7 +182,7 @@ class Session:
         if failed is not None:
             raise failed
         for image in plan.images:
-            new_image(f"{home}/{image.path}", image.size)
+            new_image(f"{home}/{image.path}", image.size, whole=not image.disk)
         hardware = Hardware.unpack(plan.hardware)
         if hardware.cid and plan.new_id:  # the old one may be on this same host, and an address is one machine's
             hardware.cid = 3 + int.from_bytes(os.urandom(4), "little") % 0xFFFFFFF0
@@ -400,10 +400,15 @@ def clear_directory(path: str) -> None:
         os.rmdir(path)
 
 
-def new_image(path: str, size: int) -> None:
-    """Make an empty qcow2 image; HostError with qemu-img's words."""
+def new_image(path: str, size: int, whole: bool = False) -> None:
+    """Make an empty qcow2 image; HostError with qemu-img's words.
+
+    `whole`: with all its clusters, so that what QEMU writes is in the file at once, whatever kills QEMU before it
+    would have written where in the file that is.
+    """
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", path, str(size)]
+    options = ["-o", "preallocation=full"] if whole else []
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, path, str(size)]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -26,9 +26,7 @@ def attach(mount: mounts.Mount, root: int, record: dict[str, Any] | None, config
     """Put the cgroup mount(s) in place below `root`; `record` is what the state keeps about the cgroup."""
     from ovt.kernel.cgroup.hierarchy import current
 
-    own_namespace = any(
-        entry["type"] == "cgroup" for entry in (config.get("linux") or {}).get("namespaces") or []
-    )
+    own_namespace = any(entry["type"] == "cgroup" for entry in (config.get("linux") or {}).get("namespaces") or [])
     try:
         if (record is not None and record["mode"] == "v2") or (not record and current().mode == "v2"):
             _unified(mount, root, record, own_namespace)

@@ -73,8 +73,6 @@ def send_master(socket_path: str, master: int) -> None:
             channel.connect(socket_path)
         channel.sendmsg([b"/dev/ptmx"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, pack("i", master))])
     except OSError as error:
-        raise HostError(
-            f"send the terminal to {socket_path}: {error.strerror or error}", error.errno or 0
-        ) from None
+        raise HostError(f"send the terminal to {socket_path}: {error.strerror or error}", error.errno or 0) from None
     finally:
         channel.close()

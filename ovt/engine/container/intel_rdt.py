@@ -42,8 +42,7 @@ def apply(state: State, config: dict[str, Any], pid: int) -> None:
             state.record["intelRdt"]["monitoring"] = group
             procfs.write(f"{group}/tasks", str(pid))
     except OSError as error:
-        raise refused(f"linux.intelRdt: write {directory}", error, _last_status(mount)
-        ) from None
+        raise refused(f"linux.intelRdt: write {directory}", error, _last_status(mount)) from None
 
 
 def update(state: State, schemata: list[str]) -> None:

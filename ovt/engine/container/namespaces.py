@@ -104,7 +104,10 @@ def write_maps(pid: int, uid_maps: list[dict[str, Any]], gid_maps: list[dict[str
                 # root without CAP_SETUID over the parent namespace, as in an unprivileged outer container
                 _run_helper(helper, pid, maps)
                 continue
-            raise refused(f"write {name}", error, f"is {text.strip()[:100]!r} allowed by the outer user namespace?",
+            raise refused(
+                f"write {name}",
+                error,
+                f"is {text.strip()[:100]!r} allowed by the outer user namespace?",
             ) from None
 
 

@@ -201,4 +201,3 @@ class Runtime:
         if not state.record.get("cgroup"):
             raise StateError(f"cannot {verb} {container_id}: it has no cgroup")
         return cgroup.restore(state.record["cgroup"])
-

@@ -69,7 +69,10 @@ def make_root(root: str) -> None:
         except FileExistsError:
             continue
         except OSError as error:
-            raise refused(f"cannot make the state directory {root}", error, "choose another with --root",
+            raise refused(
+                f"cannot make the state directory {root}",
+                error,
+                "choose another with --root",
             ) from None
     for status in (posix.lstat(root), posix.stat(root)):
         # who can exchange a record can have any process killed and any hook run

@@ -64,21 +64,31 @@ def environment(process: Process) -> list[str]:
     return [f"{key}={value}" for key, value in pairs.items()]
 
 
+def main_program(agent: Agent, process: Process) -> None:
+    """Start the main program of a guest of the built-in image that has none; PayloadError when it cannot be run."""
+    _launch(agent, "ovt-main", _arguments(process), process.command[0])
+
+
+def _arguments(process: Process) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "path": process.command[0],
+        "arg": list(process.command[1:]),
+        "env": environment(process),
+        "tty": process.tty,
+    }
+    if process.workdir:
+        arguments["cwd"] = process.workdir
+    if process.user:
+        arguments["user"] = process.user
+    return arguments
+
+
 class Program:
     """A program under our own agent, with pipes or a terminal; inside one turn of the agent, or several."""
 
     def __init__(self, agent: Agent, process: Process, size: tuple[int, int] | None = None) -> None:
         self.agent = agent
-        arguments: dict[str, Any] = {
-            "path": process.command[0],
-            "arg": list(process.command[1:]),
-            "env": environment(process),
-            "tty": process.tty,
-        }
-        if process.workdir:
-            arguments["cwd"] = process.workdir
-        if process.user:
-            arguments["user"] = process.user
+        arguments = _arguments(process)
         if size:
             arguments["rows"], arguments["cols"] = size
         self.pid = _pid(_launch(agent, "ovt-exec", arguments, process.command[0]))

@@ -42,12 +42,12 @@ def plug(qmp: Qmp, home: str, disk: Record, opener: Opener = os.open, *, io_urin
             f"disk {id}: a sata disk cannot be plugged into a running machine",
             "attach it while the machine is stopped, or use bus virtio, scsi or nvme",
         )
-    devices = _children(qmp, _PERIPHERAL)
+    devices = children(qmp, _PERIPHERAL)
     if id in devices:
         raise Conflict(f"the machine has a device {id} already", "detach it, or choose another id")
     if disk.get("bus") == "scsi" and graph.SCSI not in devices:
         raise StateError(f"disk {id}: the machine has no SCSI controller", "bus virtio")
-    _remove_backend(qmp, id)  # what a command left that died at this very place
+    remove_backend(qmp, id)  # what a command left that died at this very place
     try:
         _plug(qmp, home, disk, opener, io_uring)
     except QmpError as error:
@@ -58,7 +58,7 @@ def plug(qmp: Qmp, home: str, disk: Record, opener: Opener = os.open, *, io_urin
 
 def plug_controller(qmp: Qmp, controller: Record) -> None:
     """Plug in the SCSI controller, unless it is there; QmpError when QEMU refuses."""
-    if controller["id"] not in _children(qmp, _PERIPHERAL):
+    if controller["id"] not in children(qmp, _PERIPHERAL):
         with _all_or_nothing(qmp, controller["id"]) as steps:
             _run(qmp, controller, graph.controller_commands(controller), steps)
 
@@ -74,12 +74,12 @@ def unplug(qmp: Qmp, disk: Record, timeout: float = UNPLUG_SECONDS) -> None:
         raise StateError(
             f"disk {id}: a sata disk cannot be taken from a running machine", "detach it while the machine is stopped"
         )
-    if id in _children(qmp, _PERIPHERAL):
+    if id in children(qmp, _PERIPHERAL):
         status = qmp.command("query-status")["status"]
         if disk.get("bus") != "scsi" and status not in ("running", "prelaunch"):
             raise StateError(f"disk {id}: the guest has to give it back, and is {status}", "resume the machine first")
-        _remove_device(qmp, id, timeout)
-    _remove_backend(qmp, id)
+        remove_device(qmp, id, timeout)
+    remove_backend(qmp, id)
 
 
 def resize(qmp: Qmp, disk: Record, size: int) -> None:
@@ -97,17 +97,17 @@ def resize(qmp: Qmp, disk: Record, size: int) -> None:
         raise UsageError(f"disk {id} is read-only and keeps its size")
     if size % 512:
         raise UsageError(f"disk {id}: {size} bytes are no whole number of sectors", "a multiple of 512")
-    medium = _medium(qmp, disk)
-    if medium is None:
+    inserted = medium(qmp, disk)
+    if inserted is None:
         raise NotFound(f"disk {id} is not plugged in")
-    present = medium["image"]["virtual-size"]
+    present = inserted["image"]["virtual-size"]
     if size < present:
         raise UsageError(
             f"disk {id} has {present} bytes and cannot become smaller: the guest may use all of them",
             "attach a new disk of that size and copy inside the guest",
         )
     try:
-        qmp.command("block_resize", {"node-name": medium["node-name"], "size": size})
+        qmp.command("block_resize", {"node-name": inserted["node-name"], "size": size})
     except QmpError as error:
         raise QmpError(
             f"disk {id}: {error.message}",
@@ -123,7 +123,7 @@ def throttle(qmp: Qmp, disk: Record, iops: int, bps: int) -> None:
     """
     graph.check_limit(disk["id"], "iops", iops)
     graph.check_limit(disk["id"], "bps", bps)
-    if _medium(qmp, disk) is not None:
+    if medium(qmp, disk) is not None:
         name, arguments = graph.throttle_command(disk, iops, bps)
         qmp.command(name, arguments)
 
@@ -232,7 +232,7 @@ def _roll_back(qmp: Qmp, id: str, steps: Sequence[Command], before: set[int]) ->
             continue
         try:
             if undo[0] == "device_del":
-                _remove_device(qmp, undo[1]["id"], ROLLBACK_SECONDS)
+                remove_device(qmp, undo[1]["id"], ROLLBACK_SECONDS)
             else:
                 qmp.command(undo[0], undo[1])
         except HostError as error:  # QEMU does not answer any more
@@ -271,8 +271,9 @@ def _explained(disk: Record, command: Command, error: QmpError, fdsets: Sequence
 # unplugging
 
 
-def _remove_device(qmp: Qmp, id: str, timeout: float) -> None:
-    """device_del, and wait until the guest has let go: seconds; StateError when it does not."""
+def remove_device(qmp: Qmp, id: str, timeout: float) -> None:
+    """device_del of a device of any sort, and wait until the guest has let go: `timeout` in seconds; StateError when it
+    does not. Nothing happens for one that is not there."""
     for event in [event for event in qmp.events if event["event"] == "DEVICE_DELETED" and _of(event, id)]:
         qmp.events.remove(event)  # an earlier device of that name
     try:
@@ -287,7 +288,7 @@ def _remove_device(qmp: Qmp, id: str, timeout: float) -> None:
             "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", timeout=timeout, where=lambda event: _of(event, id)
         )
     except TimeoutError:
-        if id not in _children(qmp, _PERIPHERAL):
+        if id not in children(qmp, _PERIPHERAL):
             return
         raise StateError(
             f"the guest has not given {id} back in {timeout:g} seconds: it stays attached",
@@ -301,10 +302,10 @@ def _of(event: dict[str, Any], id: str) -> bool:
     return bool(event["data"].get("device") == id)
 
 
-def _remove_backend(qmp: Qmp, id: str) -> None:
+def remove_backend(qmp: Qmp, id: str) -> None:
     """Nodes, descriptors and thread of disk `id`, whichever of them are there."""
     _remove_nodes(qmp, id, graph.owned_nodes(id, _nodes(qmp)))
-    if graph.iothread(id) in _children(qmp, "/objects"):
+    if graph.iothread(id) in children(qmp, "/objects"):
         qmp.command("object-del", {"id": graph.iothread(id)})
 
 
@@ -339,15 +340,15 @@ def _remove_nodes(qmp: Qmp, id: str, names: Sequence[str]) -> None:
 
 def _swap(qmp: Qmp, disk: Record, node: str, force: bool, timeout: float) -> None:
     """Exchange what is in the drive for `node`, or nothing; the old medium is in there again if this fails."""
-    id, medium = disk["id"], _medium(qmp, disk)
-    old = medium["node-name"] if medium else ""
+    id, inserted = disk["id"], medium(qmp, disk)
+    old = inserted["node-name"] if inserted else ""
     _open_tray(qmp, disk, force, timeout)
     try:
         qmp.command("blockdev-remove-medium", {"id": id})
         if node:
             qmp.command("blockdev-insert-medium", {"id": id, "node-name": node})
     except QmpError:
-        if old and _medium(qmp, disk) is None:
+        if old and medium(qmp, disk) is None:
             qmp.command("blockdev-insert-medium", {"id": id, "node-name": old})
         raise
     finally:
@@ -381,7 +382,13 @@ def _open_tray(qmp: Qmp, disk: Record, force: bool, timeout: float) -> None:
 # what QEMU says
 
 
-def _children(qmp: Qmp, path: str) -> set[str]:
+def attached(qmp: Qmp) -> set[str]:
+    """The ids of all devices that QEMU has, disks or not."""
+    return children(qmp, _PERIPHERAL)
+
+
+def children(qmp: Qmp, path: str) -> set[str]:
+    """Names of what is below a place of QEMU's tree of objects."""
     return {entry["name"] for entry in qmp.command("qom-list", {"path": path})}
 
 
@@ -401,7 +408,7 @@ def _device_id(entry: dict[str, Any]) -> str:
     return str(entry.get("qdev", "")).removeprefix(f"{_PERIPHERAL}/").partition("/")[0]
 
 
-def _medium(qmp: Qmp, disk: Record) -> dict[str, Any] | None:
+def medium(qmp: Qmp, disk: Record) -> dict[str, Any] | None:
     """What is in the drive (BlockDeviceInfo); None for an empty one."""
     for entry in qmp.command("query-block"):
         if _device_id(entry) == disk["id"]:

@@ -17,12 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 from ovt.engine.base import Guest, Leftover, Process, Stats
 from ovt.engine.container import facts, usage
-from ovt.engine.vm import devices, firmware, guest_view, jail, process, resize, saved, seed, source
+from ovt.engine.vm import (
+    devices,
+    firmware,
+    forks,
+    guest_view,
+    jail,
+    process,
+    resize,
+    saved,
+    seed,
+    snapshot_changes,
+    source,
+)
 from ovt.engine.vm.features import Features, choose_accel, probe
 from ovt.engine.vm.hardware import FILE, Hardware, freeze
 from ovt.engine.vm.qmp import Gone, Qmp
 from ovt.errors import NotFound, OvtError, StateError, UsageError
-from ovt.model import Instance, Kind, Limits, Spec, Status
+from ovt.model import Instance, Kind, Limits, Machine, Spec, Status
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -46,15 +58,15 @@ _RUN_STATES = {
 
 
 class VmEngine:
-    """Machines beside the containers of `containers`; `cache` has images that are made once."""
+    """Machines beside the containers of `containers`; `data` is where instances, images and templates are kept."""
 
     kind = Kind.VM
 
     def __init__(
-        self, containers: ContainerEngine, cache: str, report: Callable[[str], None] = lambda line: None
+        self, containers: ContainerEngine, data: str, report: Callable[[str], None] = lambda line: None
     ) -> None:
         self.containers = containers
-        self.cache = cache
+        self.data = data
         self.report = report
         self._features: Features | None = None
 
@@ -71,12 +83,15 @@ class VmEngine:
         choose_accel(spec.machine.accel)
         if spec.machine.seed is not None:
             seed.check(spec.machine.seed)
-        spec, found = source.resolve(spec, self.cache, self.report)
+        plain = spec.machine == Machine() and not spec.volumes
+        spec, found = source.resolve(spec, f"{self.data}/images", self.report)
         identity = {
             "uuid": str(uuid.UUID(bytes=os.urandom(16), version=4)),
             "generation": str(uuid.UUID(bytes=os.urandom(16), version=4)),
             "cid": 3 + int.from_bytes(os.urandom(4), "little") % 0xFFFFFFF0,
         }
+        if plain and (template := forks.find_idle(self, spec)):
+            found |= {"template": template, "idle": True}
         rootfs = {**found, **identity}
         # everything that can be wrong with the options is found now and not at the first start
         self._freeze(Instance("0" * 12, "new", Kind.VM, 0.0, spec, rootfs=rootfs), "", dry=True)
@@ -105,13 +120,17 @@ class VmEngine:
             job = self.job(instance, home, Hardware.load(home))
             job.incoming = True
             return self.start_machine(job, exit_command, env)
+        snapshot_changes.recover(home, None)  # else the guest would write to what a killed command made a snapshot of
         if saved.exists(home):
             hardware, state = saved.read(home)
+            hardware.forked = False  # all of its memory is in the state
             job = self.job(instance, home, hardware)
             job.incoming = True
             job.load = lambda qmp: saved.load(qmp, self.features, home, state)
             hardware.save(home)
             return self.start_machine(job, exit_command, env)
+        if instance.rootfs.get("template") and not os.path.exists(f"{home}/{FILE}"):
+            return forks.start(self, instance, home, exit_command, env)
         if os.path.exists(f"{home}/{FILE}"):
             hardware = Hardware.load(home)
             resize.at_cold_start(hardware, instance.spec.limits)
@@ -165,6 +184,9 @@ class VmEngine:
 
     def start(self, instance: Instance) -> None:
         self._go_on(instance)
+        home = self.home(instance)
+        if Hardware.load(home).forked:
+            forks.introduce(self, instance, home)
 
     def _go_on(self, instance: Instance) -> None:
         if os.path.exists(f"{self.home(instance)}/{MOVING}"):

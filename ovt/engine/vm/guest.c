@@ -7,7 +7,7 @@
  * that /ovt/main describes on the console, inserts those of /ovt/modules.late, asks for an address on every card, and
  * serves the protocol of the QEMU guest agent on the port org.qemu.guest_agent.0. When the main program ends, its exit
  * status goes to the port org.ovt.exit.0 (128 + n on a signal; 125: a share could not be mounted, 126: not executable,
- * 127: not found) and the machine off. The power button, and busybox's `poweroff`, send SIGTERM to the main program first.
+ * 127: not found) and the machine off. The power button and busybox's `poweroff` send it SIGTERM first.
  *
  *   /ovt/main: NAME=value entries, each with its NUL: arg and env repeated, cwd, user, hostname, tty=1, rows, cols,
  *   share=TAG:TARGET[:OPTIONS] repeated, poweroff=1 (go off when the program ends). Without arg there is none.
@@ -67,7 +67,12 @@
 
 #include "guest_json.c"
 
-static struct { int fd, absent, skipping; size_t scanned; int64_t retry_at; struct buffer in, out; } port = { .fd = -1 };
+static struct {
+    int fd, absent, skipping;    /* absent: nobody is at the other end; skipping: to the end of too long a request */
+    size_t scanned;              /* bytes of `in` without an end of line */
+    int64_t retry_at;
+    struct buffer in, out;
+} port = { .fd = -1 };
 static struct buffer *const reply = &port.out;
 static int no_reply;         /* the command in hand is one that answers nothing */
 static int serving_only, debug, console = -1;
@@ -183,10 +188,20 @@ static void take_signals(int signals) {
     while (read(signals, &info, sizeof info) == sizeof info) {
         if (serving_only && info.ssi_signo == SIGTERM)
             exit(0);
-        if (info.ssi_signo == SIGIO)
+        switch (info.ssi_signo) {
+        case SIGIO:
             port.retry_at = 0;
-        else if (info.ssi_signo == SIGUSR2 || info.ssi_signo == SIGUSR1 || info.ssi_signo == SIGTERM || info.ssi_signo == SIGINT)
-            request_end(info.ssi_signo == SIGUSR2 ? POWERDOWN : info.ssi_signo == SIGUSR1 ? HALT : REBOOT);
+            break;
+        case SIGUSR1:
+            request_end(HALT);
+            break;
+        case SIGUSR2:
+            request_end(POWERDOWN);
+            break;
+        case SIGTERM:
+        case SIGINT:
+            request_end(REBOOT);
+        }
     }
     reap();
 }
@@ -205,7 +220,8 @@ static void serve(int signals) {
             if (buttons[i].fd >= 0)
                 press_button(buttons[i].fd);
         /* Who does not read the answers and is gone will not be found out by reading from him. */
-        if (port.fd >= 0 && !port.absent && port.out.length >= ANSWER_WAITING && polled[polled_port].revents & (POLLHUP | POLLERR))
+        if (port.fd >= 0 && !port.absent && port.out.length >= ANSWER_WAITING
+            && polled[polled_port].revents & (POLLHUP | POLLERR))
             lose_client();
         if (port.absent && now_ms() >= port.retry_at)
             look_for_client();

@@ -10,8 +10,15 @@ enum {
 };
 enum { WHILE_FROZEN = 1, INSIDE_ONLY = 2, DELIMITED = 4 };
 
-static void guest_sync(const struct node *arguments) { print(reply, "%lld", (long long)required_number(arguments, "id")); }
-static void guest_ping(const struct node *arguments) { (void)arguments; print(reply, "{}"); }
+static void guest_sync(const struct node *arguments) {
+    print(reply, "%lld", (long long)required_number(arguments, "id"));
+}
+
+static void guest_ping(const struct node *arguments) {
+    (void)arguments;
+    print(reply, "{}");
+}
+
 static void guest_info(const struct node *arguments);
 
 /* name, function, parameters, what is special */
@@ -200,7 +207,7 @@ static void look_for_client(void) {
 
 static void send_answers(void) {
     size_t done = 0;
-    if (port.out.failed)         /* not even an error could be noted: the client's next guest-sync finds nothing before it */
+    if (port.out.failed)         /* no memory even for an error: the client has to sync again */
         clear(&port.out);
     while (done < port.out.length) {
         ssize_t count = write(port.fd, port.out.data + done, port.out.length - done);

@@ -48,7 +48,8 @@ static void mount_system(void) {
         { "tmpfs", "/tmp", "mode=1777", MS_NOSUID | MS_NODEV },
         { "cgroup2", "/sys/fs/cgroup", "", MS_NOSUID | MS_NODEV | MS_NOEXEC } };
     static const char *const links[][2] = {
-        { "/proc/self/fd", "/dev/fd" }, { "fd/0", "/dev/stdin" }, { "fd/1", "/dev/stdout" }, { "fd/2", "/dev/stderr" } };
+        { "/proc/self/fd", "/dev/fd" }, { "fd/0", "/dev/stdin" },
+        { "fd/1", "/dev/stdout" }, { "fd/2", "/dev/stderr" } };
     for (size_t i = 0; i < sizeof mounts / sizeof *mounts; i++) {
         make_directories(mounts[i].target);
         if (mount(mounts[i].type, mounts[i].target, mounts[i].type, mounts[i].flags, mounts[i].options))
@@ -132,18 +133,15 @@ static int card_flags(const char *name, short flags) {
 #define DHCP_SCRIPT "/run/ovt-udhcpc"
 static const char dhcp_script[] =
     "#!/bin/sh\n"
-    "# What busybox's udhcpc calls with an event and the lease as variables: gives the card its address, routes and names.\n"
     "case \"$1\" in\n"
     "deconfig)\n"
     "    ip addr flush dev \"$interface\"\n"
     "    ip link set dev \"$interface\" up\n"
     "    ;;\n"
     "bound | renew)\n"
-    "    ifconfig \"$interface\" \"$ip\" ${subnet:+netmask \"$subnet\"} ${broadcast:+broadcast \"$broadcast\"} ${mtu:+mtu \"$mtu\"}\n"
-    "    # Of several cards the first one to have been found is the way out.\n"
+    "    ifconfig $interface $ip ${subnet:+netmask $subnet} ${broadcast:+broadcast $broadcast} ${mtu:+mtu $mtu}\n"
     "    metric=$(cat \"/sys/class/net/$interface/ifindex\")\n"
     "    for gateway in $router; do\n"
-    "        # A gateway outside the card's own network, as with a netmask of 32 bits, needs a route of its own.\n"
     "        ip route replace \"$gateway/32\" dev \"$interface\" metric \"$metric\"\n"
     "        ip route replace default via \"$gateway\" dev \"$interface\" metric \"$metric\"\n"
     "        metric=$((metric + 1000))\n"
@@ -162,7 +160,8 @@ static const char dhcp_script[] =
 static void start_dhcp(const char *name) {
     char host[80] = "hostname:";
     const char *script = access("/ovt/udhcpc", X_OK) ? DHCP_SCRIPT : "/ovt/udhcpc";
-    const char *arguments[] = { "udhcpc", "-f", "-t", "5", "-T", "1", "-A", "5", "-i", name, "-s", script, "-x", host, NULL };
+    const char *arguments[] = { "udhcpc", "-f", "-t", "5", "-T", "1", "-A", "5", "-i", name, "-s", script, "-x", host,
+                                NULL };
     int card = 0;
     while (card < CARDS && strcmp(cards[card].name, name))
         card++;
@@ -261,7 +260,8 @@ static void scan_buttons(void) {
             continue;
         snprintf(path, sizeof path, "/dev/input/%s", entry->d_name);
         int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        if (fd >= 0 && ioctl(fd, EVIOCGBIT(EV_KEY, sizeof keys), keys) >= 0 && keys[KEY_POWER / 64] >> KEY_POWER % 64 & 1) {
+        if (fd >= 0 && ioctl(fd, EVIOCGBIT(EV_KEY, sizeof keys), keys) >= 0
+            && keys[KEY_POWER / 64] >> KEY_POWER % 64 & 1) {
             strcpy(buttons[slot].name, entry->d_name);
             buttons[slot].fd = fd;
         } else if (fd >= 0) {
@@ -279,7 +279,7 @@ static void open_uevents(void) {
         close_fd(&uevents);
 }
 
-/* `add@/devices/…` and then NAME=value, each with its NUL. New processors start switched off, as udev would find them. */
+/* `add@/devices/…` and then NAME=value, each with its NUL. New processors come switched off. */
 static void take_uevents(void) {
     char text[8192], path[600];
     ssize_t length;
@@ -325,7 +325,8 @@ static void read_main(void) {
         *value++ = 0;
         if (!strcmp(at, "arg")) main_program.arguments[main_program.argument_count++] = value;
         else if (!strcmp(at, "env")) main_program.environment[main_program.environment_count++] = value;
-        else if (!strcmp(at, "share") && main_program.share_count < SHARES) main_program.shares[main_program.share_count++] = value;
+        else if (!strcmp(at, "share") && main_program.share_count < SHARES)
+            main_program.shares[main_program.share_count++] = value;
         else if (!strcmp(at, "cwd")) main_program.cwd = value;
         else if (!strcmp(at, "user") && *value) main_program.user = value;
         else if (!strcmp(at, "hostname")) main_program.hostname = value;
@@ -347,8 +348,9 @@ static void set_console(int tty) {
         mode.c_iflag = ICRNL | IXON | BRKINT | IUTF8;
         mode.c_oflag = OPOST | ONLCR;
         mode.c_lflag = ISIG | ICANON | ECHO | ECHOE | ECHOK | ECHOCTL | ECHOKE | IEXTEN;
-        static const unsigned char keys[] = { [VINTR] = 3, [VQUIT] = 28, [VERASE] = 127, [VKILL] = 21, [VEOF] = 4, [VSTART] = 17,
-                                              [VSTOP] = 19, [VSUSP] = 26, [VREPRINT] = 18, [VWERASE] = 23, [VLNEXT] = 22 };
+        static const unsigned char keys[] = {
+            [VINTR] = 3, [VQUIT] = 28, [VERASE] = 127, [VKILL] = 21, [VEOF] = 4, [VSTART] = 17, [VSTOP] = 19,
+            [VSUSP] = 26, [VREPRINT] = 18, [VWERASE] = 23, [VLNEXT] = 22 };
         memcpy(mode.c_cc, keys, sizeof keys);
     } else {
         mode.c_iflag = 0;

@@ -148,7 +148,8 @@ static void boot_main(void) {
         return;
     struct launch launch = {
         .arguments = main_program.arguments, .environment = main_program.environment, .cwd = main_program.cwd,
-        .user = main_program.user, .tty = main_program.tty, .rows = main_program.rows, .columns = main_program.columns };
+        .user = main_program.user, .tty = main_program.tty,
+        .rows = main_program.rows, .columns = main_program.columns };
     int pid = start_main(&launch);
     if (pid > 0)
         return;

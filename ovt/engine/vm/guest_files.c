@@ -1,4 +1,4 @@
-/* Part of guest.c: commands on files and file systems: guest-file-*, guest-fsfreeze-*, guest-get-fsinfo, guest-fstrim. */
+/* Part of guest.c: commands on files (guest-file-*) and file systems (freezing, trimming, what there is). */
 enum {
     HANDLES = 64,
     READ_DEFAULT = 4096, READ_MOST = 16 << 20,
@@ -244,7 +244,8 @@ static int thaw(void) {
 }
 
 static void freeze(const struct node *arguments) {
-    struct sweep sweep = { .request = FIFREEZE, .only = typed_member(arguments, "mountpoints", ARRAY, "array of strings") };
+    struct sweep sweep = { .request = FIFREEZE };
+    sweep.only = typed_member(arguments, "mountpoints", ARRAY, "array of strings");
     if (problem.set)
         return;
     each_mount(freeze_one, &sweep);
@@ -283,7 +284,8 @@ static void trim_one(struct mount *mount, void *context) {
         put_member(reply, "error", strerror(error));
         print(reply, "}");
     } else {
-        print(reply, ", \"trimmed\": %llu, \"minimum\": %llu}", (unsigned long long)range.len, (unsigned long long)range.minlen);
+        print(reply, ", \"trimmed\": %llu, \"minimum\": %llu}",
+              (unsigned long long)range.len, (unsigned long long)range.minlen);
     }
     if (fd >= 0)
         close(fd);

@@ -291,7 +291,8 @@ static int read_number(struct node *node) {
     int negative = *json.at == '-', digits = 0, real = 0;
     char *start = json.at += negative;
     for (; json.at < json.end && isdigit((unsigned char)*json.at); json.at++, digits++)
-        if (__builtin_mul_overflow(value, 10, &value) || __builtin_add_overflow(value, (uint64_t)(*json.at - '0'), &value))
+        if (__builtin_mul_overflow(value, 10, &value)
+            || __builtin_add_overflow(value, (uint64_t)(*json.at - '0'), &value))
             real = 1;
     if (!digits || (digits > 1 && *start == '0'))
         return bad("not a number");
@@ -360,7 +361,9 @@ static int read_members(struct node *node, int depth) {
 /* The index of the node of the value that begins here, 0 on an error. */
 static int read_value(int depth) {
     static const struct { const char *word; struct node node; } words[] = {
-        { "null", { .type = NULL_VALUE } }, { "false", { .type = BOOLEAN } }, { "true", { .type = BOOLEAN, .number = 1 } } };
+        { "null", { .type = NULL_VALUE } },
+        { "false", { .type = BOOLEAN } },
+        { "true", { .type = BOOLEAN, .number = 1 } } };
     skip_space();
     if (json.at >= json.end)
         return bad("the text ends too early");

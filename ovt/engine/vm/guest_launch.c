@@ -78,8 +78,8 @@ static void run(struct launch *launch, const struct user *user, const int fds[3]
     sigemptyset(&none);
     signal(SIGPIPE, SIG_DFL);
     launch->stage = PREPARING;
-    /* The console is the terminal of process 1. It would be hung up, and what it has not sent yet dropped, at the end of
-     * a main program that led its session, so that is only its foreground. */
+    /* The console is the terminal of process 1. It would be hung up, and what it has not sent yet dropped, at the end
+     * of a main program that led its session, so that is only its foreground. */
     if (launch->terminal == THE_CONSOLE ? setpgid(0, 0) || tcsetpgrp(fds[0], getpid()) : setsid() < 0)
         goto failed;
     sigprocmask(SIG_SETMASK, &none, NULL);       /* not before: SIGTTOU is among them */
@@ -150,8 +150,10 @@ static pid_t start(struct launch *launch, const int fds[3]) {
 }
 
 static void fail_launch(const struct launch *launch) {
-    static const char *const whats[] = { "cannot start", "no such user:", "cannot enter the directory", "cannot execute" };
-    const char *which = launch->stage == USER ? launch->user : launch->stage == DIRECTORY ? launch->cwd : launch->arguments[0];
+    static const char *const whats[] = {
+        "cannot start", "no such user:", "cannot enter the directory", "cannot execute" };
+    const char *which = launch->stage == USER && launch->user ? launch->user
+        : launch->stage == DIRECTORY && launch->cwd ? launch->cwd : launch->arguments[0];
     fail_errno(launch->error, whats[launch->stage], which);
 }
 
@@ -181,7 +183,8 @@ static void read_launch(const struct node *arguments, struct launch *launch) {
         .arguments = strings_in(arguments, "arg", required_string(arguments, "path")),
         .environment = strings_in(arguments, "env", NULL),
         .cwd = string_in(arguments, "cwd"), .user = string_in(arguments, "user"), .tty = flag_in(arguments, "tty", 0),
-        .rows = (int)number_in(arguments, "rows", 0, 0, 0xffff), .columns = (int)number_in(arguments, "cols", 0, 0, 0xffff) };
+        .rows = (int)number_in(arguments, "rows", 0, 0, 0xffff),
+        .columns = (int)number_in(arguments, "cols", 0, 0, 0xffff) };
     launch->terminal = launch->tty ? ITS_OWN : NO_TERMINAL;
 }
 

@@ -144,8 +144,8 @@ static void take_output(struct process *process, int which) {
         if (count < 0 && (errno == EAGAIN || errno == EINTR))
             return;
         if (count <= 0) {
-            /* EIO: nobody has the terminal open. Programs close their streams before they end, and hanging up then would
-             * kill them; others open /dev/tty again. */
+            /* EIO: nobody has the terminal open. Programs close their streams before they end, and hanging up then
+             * would kill them; others open /dev/tty again. */
             if (process->tty && !process->exited)
                 process->quiet_until = now_ms() + TERMINAL_RETRY_MS;
             else if (process->tty)
@@ -209,7 +209,8 @@ static void print_end(const struct process *process, int flag) {
 static void guest_exec(const struct node *arguments) {
     struct launch launch;
     struct node *capture = member(arguments, "capture-output");
-    const char *mode = capture && capture->type == STRING ? capture->text : flag_in(arguments, "capture-output", 0) ? "separated" : "none";
+    const char *mode = capture && capture->type == STRING ? capture->text
+        : flag_in(arguments, "capture-output", 0) ? "separated" : "none";
     const char *data = string_in(arguments, "input-data");
     struct buffer input = { 0 };
     int merged = !strcmp(mode, "merged"), both = merged || !strcmp(mode, "separated");
@@ -292,7 +293,8 @@ static int io_ready(const struct process *process) {
 /* `pid` 0 is the main program: its terminal is the console, so only its size and its signals go this way. */
 static void ovt_io(const struct node *arguments) {
     int64_t pid = required_number(arguments, "pid"), wait = number_in(arguments, "wait-ms", 0, 0, INT64_MAX);
-    int rows = (int)number_in(arguments, "rows", 0, 0, 0xffff), columns = (int)number_in(arguments, "cols", 0, 0, 0xffff);
+    int rows = (int)number_in(arguments, "rows", 0, 0, 0xffff);
+    int columns = (int)number_in(arguments, "cols", 0, 0, 0xffff);
     int number = (int)number_in(arguments, "signal", 0, 1, 64), ends = flag_in(arguments, "eof", 0);
     const char *data = string_in(arguments, "input");
     if (!problem.set && main_pid && (!pid || pid == main_pid)) {

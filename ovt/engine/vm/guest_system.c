@@ -83,7 +83,8 @@ static void get_users(const struct node *arguments) {
             snprintf(user, sizeof user, "%.*s", (int)sizeof entry.ut_user, entry.ut_user);
             print(reply, "{");
             put_member(reply, "user", user);
-            print(reply, ", \"login-time\": %lld.%06lld}", (long long)entry.ut_tv.tv_sec, (long long)entry.ut_tv.tv_usec);
+            print(reply, ", \"login-time\": %lld.%06lld}",
+                  (long long)entry.ut_tv.tv_sec, (long long)entry.ut_tv.tv_usec);
         }
     print(reply, "]");
     if (file)
@@ -109,7 +110,7 @@ static void get_timezone(const struct node *arguments) {
     print(reply, ", \"offset\": %ld}", local.tm_gmtoff);
 }
 
-/* Sets the clock to `time` nanoseconds since 1970 and the hardware clock with it, or from the hardware clock without. */
+/* Sets the clock to `time` (nanoseconds since 1970) and the hardware clock with it; without, from that clock. */
 static void set_clock(const struct node *arguments) {
     int fd = open("/dev/rtc0", O_RDONLY | O_CLOEXEC);
     struct rtc_time hardware;
@@ -182,8 +183,8 @@ static void get_interfaces(const struct node *arguments) {
         print(reply, "{");
         put_member(reply, "name", entry->ifa_name);
         if (link->sll_halen == 6)
-            print(reply, ", \"hardware-address\": \"%02x:%02x:%02x:%02x:%02x:%02x\"", link->sll_addr[0], link->sll_addr[1],
-                  link->sll_addr[2], link->sll_addr[3], link->sll_addr[4], link->sll_addr[5]);
+            print(reply, ", \"hardware-address\": \"%02x:%02x:%02x:%02x:%02x:%02x\"", link->sll_addr[0],
+                  link->sll_addr[1], link->sll_addr[2], link->sll_addr[3], link->sll_addr[4], link->sll_addr[5]);
         print(reply, ", \"ip-addresses\": ");
         put_addresses(list, entry->ifa_name);
         if (stats) {
@@ -255,7 +256,8 @@ static void get_memory_blocks(const struct node *arguments) { (void)arguments; l
 /* The protocol answers how many were done, and an error only when the first failed. */
 static void set_vcpus(const struct node *arguments) {
     int done = 0;
-    for (struct node *node = first_of(typed_member(arguments, "vcpus", ARRAY, "array")); node; node = next_of(node), done++) {
+    struct node *node = first_of(typed_member(arguments, "vcpus", ARRAY, "array"));
+    for (; node; node = next_of(node), done++) {
         int64_t number = required_number(node, "logical-id");
         int online = flag_in(node, "online", 0), error = problem.set ? 0 : switch_one(&cpus, number, online);
         if (!problem.set && error) {
@@ -273,15 +275,17 @@ static void set_vcpus(const struct node *arguments) {
 static void set_memory_blocks(const struct node *arguments) {
     print(reply, "[");
     size_t from = reply->length;
-    for (struct node *node = first_of(typed_member(arguments, "mem-blks", ARRAY, "array")); node; node = next_of(node)) {
+    struct node *node = first_of(typed_member(arguments, "mem-blks", ARRAY, "array"));
+    for (; node; node = next_of(node)) {
         int64_t number = required_number(node, "phys-index");
         int online = flag_in(node, "online", 0);
         if (problem.set)
             return;
         int error = switch_one(&blocks, number, online);
         separate(reply, from);
-        print(reply, "{\"phys-index\": %lld, \"response\": \"%s\"", (long long)number, !error ? "success" : error == ENOENT
-              ? "not-found" : error == EOPNOTSUPP ? "operation-not-supported" : "operation-failed");
+        print(reply, "{\"phys-index\": %lld, \"response\": \"%s\"", (long long)number,
+              !error ? "success" : error == ENOENT ? "not-found"
+              : error == EOPNOTSUPP ? "operation-not-supported" : "operation-failed");
         print(reply, error && error != ENOENT && error != EOPNOTSUPP ? ", \"error-code\": %d}" : "}", error);
     }
     print(reply, "]");

@@ -60,6 +60,7 @@ class Hardware:
     graphics: str = ""
     main_port: bool = False  # the port on which the built-in image tells its program's exit status
     seed: bool = False
+    forked: bool = False  # its memory is a template's, copied on write, until its next cold start
     disks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     nics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     shares: list[dict[str, Any]] = dataclasses.field(default_factory=list)

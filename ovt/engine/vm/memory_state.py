@@ -192,6 +192,7 @@ def _settings(qmp: Qmp, form: str, threads: bool) -> Iterator[None]:
 
     Several threads (multifd) are for loading only. QEMU 10.0 cleans up after a migration some time later, and leaves
     the threads' part out if `multifd` is off by then; the next migration aborts by an assertion, and the guest is gone.
+    For the same reason `multifd` is never on again afterwards: the clean-up would look for threads that never were.
     """
     wanted = {
         "events": True,
@@ -212,7 +213,7 @@ def _settings(qmp: Qmp, form: str, threads: bool) -> Iterator[None]:
     finally:
         with contextlib.suppress(OvtError):  # QEMU may have ended
             qmp.command("migrate-set-parameters", {"max-bandwidth": rate})
-            _capabilities(qmp, before)
+            _capabilities(qmp, {**before, "multifd": False})
 
 
 def _capabilities(qmp: Qmp, states: Mapping[str, bool]) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ovt.engine.vm.firmware import VARS_NODE
 from ovt.engine.vm.qmp import Qmp, QmpError
 from ovt.errors import HostError, StateError
 
@@ -159,6 +160,12 @@ def device_id(qdev: str) -> str:
     """The id in a path such as `/machine/peripheral/root/virtio-backend`; a device's own id stays as it is."""
     parts = qdev.split("/")
     return parts[3] if qdev.startswith("/machine/peripheral/") else "" if "/" in qdev else qdev
+
+
+def nvram_size(qmp: Qmp) -> int:
+    """Bytes of the UEFI variables, 0 without UEFI. Their content moves with the memory."""
+    nodes = qmp.command("query-named-block-nodes", {"flat": True})
+    return next((node["image"]["virtual-size"] for node in nodes if node["node-name"] == VARS_NODE), 0)
 
 
 def has_vsock(qmp: Qmp) -> bool:

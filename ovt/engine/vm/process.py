@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ovt.engine import supervisor
-from ovt.engine.vm import arguments, devices, firmware, jail
+from ovt.engine.vm import arguments, devices, firmware, jail, resize
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError, listen
@@ -135,7 +135,7 @@ def _make(
         root=root,
         facts=facts,
         uid=0 if facts.rootless else jail.user_id(job.id),
-        memory=job.hardware.memory,
+        memory=resize.total_memory(job.hardware),
         cpus=job.cpus,
         cpuset=job.cpuset,
         host_network=job.host_network,

@@ -77,10 +77,12 @@ class Change:
             yield
         except Gone:
             raise  # the next command finds out what has happened
-        except BaseException:
+        except BaseException as error:
             # the first error is the one to tell, and what is left is found by the next command
             with contextlib.suppress(OvtError, OSError):
                 recover(self.home, qmp)
+            if isinstance(error, OSError):
+                raise refused(f"cannot write below {self.home}", error) from error
             raise
 
     def acting(self, **more: Any) -> None:

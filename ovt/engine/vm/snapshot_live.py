@@ -120,7 +120,9 @@ def switched(qmp: Qmp, tops: Mapping[str, Sequence[str]]) -> bool:
 
 
 def prepare_vars(qmp: Qmp, path: str) -> None:
-    """Get the file `path`, a new qcow2 as large as the UEFI variables, ready to take a copy of them."""
+    """Make the file `path`, ready to take a copy of the UEFI variables; its space is taken now, so that a disk that
+    becomes full does not keep the copy from following the disks. HostError when it is full already."""
+    images.create(path, _vars_size(qmp), "falloc")
     _new_file_node(qmp, path, _VARS_COPY)
 
 
@@ -142,7 +144,7 @@ def activate(qmp: Qmp) -> None:
             raise
 
 
-def vars_size(qmp: Qmp) -> int:
+def _vars_size(qmp: Qmp) -> int:
     """Bytes of the UEFI variables."""
     for entry in qmp.command("query-named-block-nodes", {"flat": True}):
         if entry["node-name"] == VARS_NODE:
@@ -303,7 +305,7 @@ def flatten(home: str, disk: Record, target: str, progress: Progress = quiet) ->
         top = nodes(qmp, disk)[-1]
         there = {entry["node-name"]: entry for entry in qmp.command("query-named-block-nodes", {"flat": True})}
         images.create(target, there[top]["image"]["virtual-size"])
-        _new_file_node(qmp, target, _COPY)
+        _new_file_node(qmp, target, _COPY, sparse=True)
         job = {"job-id": JOB, "device": top, "target": _COPY, "sync": "full", "auto-dismiss": False}
         qmp.run_job("blockdev-backup", job, progress=progress)
         qmp.command("blockdev-del", {"node-name": _COPY})
@@ -330,7 +332,7 @@ def _vars_job() -> dict[str, Any]:
     return {"job-id": JOB, "device": VARS_NODE, "target": _VARS_COPY, "sync": "full", "auto-dismiss": False}
 
 
-def _new_file_node(qmp: Qmp, path: str, name: str) -> None:
+def _new_file_node(qmp: Qmp, path: str, name: str, *, sparse: bool = False) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         fdset = qmp.add_fd(fd)
@@ -343,8 +345,8 @@ def _new_file_node(qmp: Qmp, path: str, name: str) -> None:
             "node-name": name,
             "file": {"driver": "file", "filename": f"/dev/fdset/{fdset}"},
             "backing": None,
-            "discard": "unmap",
-            "detect-zeroes": "unmap",
+            "discard": "unmap" if sparse else "ignore",
+            "detect-zeroes": "unmap" if sparse else "off",
         },
     )
     _empty(qmp, fdset)

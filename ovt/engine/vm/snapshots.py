@@ -130,7 +130,6 @@ def take(
             change.acting()
         else:
             if vars_copy:
-                images.create(f"{home}/{snapshot.directory}/{NVRAM}", live.vars_size(qmp))
                 live.prepare_vars(qmp, f"{home}/{snapshot.directory}/{NVRAM}")
             tops = live.add_tops(qmp, home, disks, entries, features.io_uring)
             if memory:

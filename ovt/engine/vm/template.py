@@ -305,23 +305,20 @@ class Building:
         os.unlink(f"{self.path}/{name}")
 
     def keep_disk(self, source: str, name: str) -> str:
-        """Keep a layer that is never written to again; its path in the finished template.
+        """Keep a copy of a layer that nothing is written to at this moment; its path in the finished template.
 
-        A second name for the same file where that is possible, so that it costs nothing and outlives its owner, else
-        a copy. Its mode becomes 0444: a file with such a mode and name must not be committed into.
+        Its blocks are shared where the file system can. Not a second name for the same file: a snapshot of the source
+        that is deleted would be merged into it.
         """
         target = f"{self.path}/{DISKS}/{name}"
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:
-            _copy(source, target)
+        _copy(source, target)
         os.chmod(target, 0o444)
         return f"{self.home}/{DISKS}/{name}"
 
     def keep_disks(self, home: str, hardware: Hardware) -> Hardware:
         """Keep every image of a machine that lies in its `home`; the hardware that stands on the kept ones.
 
-        `hardware` is that of the moment when the memory was saved; each disk must go on in a new file above by now.
+        `hardware` is that of the moment when the memory was saved, and the guest must stand still since.
         UsageError for a disk that is written to directly, into an image of its owner's: nobody can freeze that.
         """
         kept = hardware.copy()

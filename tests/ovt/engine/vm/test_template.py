@@ -51,7 +51,7 @@ def made(templates: Templates, name: str = "web", **changes: object) -> Template
         return building.finish(known._replace(**changes))
 
 
-def taken(templates: Templates, features: Features, name: str = "web") -> Template:
+def taken(templates: Templates, features: Features, uid: int, name: str = "web") -> Template:
     """A template of a firmware that has run for a moment, with CONTENT in its memory."""
     with templates.new(name) as building:
         with bare.qemu(content=CONTENT) as source, building.file("full") as full:
@@ -61,7 +61,7 @@ def taken(templates: Templates, features: Features, name: str = "web") -> Templa
             with (
                 template.scratch(hardware()) as memory,
                 building.file(template.STATE) as devices,
-                bare.qemu(incoming=True, file=memory, shared=True) as helper,
+                bare.qemu(incoming=True, file=memory, shared=True, uid=uid) as helper,
             ):
                 state = template.split(helper, features, full, saved, devices)
                 building.keep_memory(memory)
@@ -90,7 +90,7 @@ def test_a_fork_has_the_memory_and_changes_it_for_itself_alone(
 ) -> None:
     if template.why_not_shared(hardware(), features):
         pytest.skip("this QEMU cannot share memory")
-    known = taken(templates, features)
+    known = taken(templates, features, uid)
     home = Path(templates.home("web"))
     assert known.state.format == DEVICES
     assert (home / "state").stat().st_size < bare.MIB
@@ -172,6 +172,7 @@ def test_splitting_needs_a_qemu_on_a_shared_file(features: Features) -> None:
         template.split(helper, features, -1, Saved(MAPPED, 0, "", 0), -1)
 
 
+@pytest.mark.qemu
 def test_what_cannot_share_says_why(features: Features) -> None:
     features = features._replace(mapped_ram=True, ignore_shared=True)
     assert template.why_not_shared(hardware(), features) == ""
@@ -339,7 +340,7 @@ def test_frozen_layers_are_kept_when_their_owner_goes(templates: Templates, tmp_
 def test_a_disk_that_is_its_owners_image_cannot_be_frozen(templates: Templates, tmp_path: Path) -> None:
     disk = {"id": "root", "device": "disk", "chain": [{"path": "/images/base.raw", "format": "raw"}]}
     with templates.new("web") as building:
-        with pytest.raises(UsageError, match="disk root is /images/base.raw itself"):
+        with pytest.raises(UsageError, match=r"disk root is /images/base\.raw itself"):
             building.keep_disks(str(tmp_path), hardware(disks=[disk]))
         assert building.keep_disks(str(tmp_path), hardware(disks=[{**disk, "readonly": True}])).disks[0]["readonly"]
 
