@@ -40,9 +40,11 @@ def find(name: str) -> Link:
     return link
 
 
-def make(name: str, queues: int, *, mtu: int = 0, bridge: str = "") -> list[int]:
+def make(name: str, queues: int, *, mac: str = "", mtu: int = 0, bridge: str = "") -> list[int]:
     """Make a tap, into `bridge` if that is given, and set it up: its descriptors, one for each queue.
 
+    `mac` is the address of the host's side. A bridge whose address nobody has set takes the lowest of its ports', and
+    the host is not to change its address because a machine has started: one that begins with fe never is the lowest.
     Conflict when the name is taken, NotFound without the bridge. Nothing is left when this raises.
     """
     with _closing() as fds:
@@ -50,6 +52,8 @@ def make(name: str, queues: int, *, mtu: int = 0, bridge: str = "") -> list[int]
         with Netlink() as netlink:
             link = netlink.link(name)
             try:
+                if mac:
+                    netlink.set_mac(link.index, mac)
                 if mtu:
                     netlink.set_mtu(link.index, mtu)  # before the bridge, which takes the smallest of its ports'
                 if bridge:

@@ -216,10 +216,9 @@ def introduce(engine: VmEngine, instance: Instance, home: str) -> None:
     spec = instance.spec
     hostname = spec.hostname or instance.name
     connection = guest_view.agent(home)
-    macs = [nic["mac"] for nic in Hardware.load(home).nics]
     if instance.rootfs.get("builtin"):
         with connection.turn():
-            connection.command("ovt-identity", identity.guest_arguments(hostname, macs))
+            connection.command("ovt-identity", identity.guest_arguments(hostname))  # cards bring theirs
             if instance.rootfs.get("idle") and spec.command:
                 agent_program.main_program(
                     connection, Process(spec.command, spec.env, spec.workdir, spec.user, spec.tty)

@@ -122,7 +122,8 @@ def open_network(nic: dict[str, Any], owner: str, features: Features | None, pid
     queues = nic["queues"]
     if sort == "bridge":
         mtu = inspect(nic["network"]).mtu
-        fds = tap.make(tap_name(owner or os.urandom(4).hex(), nic.get("number", 0)), queues, mtu=mtu, bridge=name)
+        own = tap_name(owner or os.urandom(4).hex(), nic.get("number", 0))
+        fds = tap.make(own, queues, mac=f"fe{nic['mac'][2:]}", mtu=mtu, bridge=name)
     elif sort == "macvtap":
         fds = tap.make_macvtap(name, nic["mac"], queues)
     else:
@@ -182,7 +183,7 @@ def _check_free(protocol: str, address: str, port: int) -> None:
 
 
 def _start_passt(program: str, forwards: list[str]) -> int:
-    """A connection to a passt of its own, which ends with that connection. It goes to the background when it is ready."""
+    """A connection to a passt of its own, which ends with that connection; it goes to the background once ready."""
     ours, theirs = socket.socketpair()
     with theirs:
         command = [program, "--quiet", "--one-off", "--fd", str(theirs.fileno())]

@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ovt.engine.vm import netdevs, unplug
+from ovt.engine.vm import netdevs
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError
+from ovt.engine.vm.unplug import plugged, remove_device
 from ovt.errors import UsageError
 from ovt.model import Nic
 
@@ -107,7 +108,7 @@ def plug(
         if not nic["link"]:
             qmp.command("set_link", {"name": id, "up": False})
     except QmpError:
-        if unplug.plugged(qmp, id):
+        if plugged(qmp, id):
             with contextlib.suppress(QmpError):
                 qmp.command("device_del", {"id": id})
         if "netdev" in device:
@@ -146,9 +147,9 @@ def _add_netdev(qmp: Qmp, netdev: str, made: netdevs.Netdev) -> None:
         raise
 
 
-def unplug_nic(qmp: Qmp, nic: dict[str, Any], timeout: float) -> None:
+def unplug(qmp: Qmp, nic: dict[str, Any], timeout: float) -> None:
     """Take a card out. StateError when the guest has not let go within `timeout` seconds: then it stays as it is."""
-    unplug.remove_device(qmp, nic["id"], timeout, "take the interface down in the guest and try again")
+    remove_device(qmp, nic["id"], timeout, "take the interface down in the guest and try again")
     if nic["network"] != "none":
         try:
             qmp.command("netdev_del", {"id": f"{nic['id']}-net"})

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ovt import exits
-from ovt.engine.vm import migration, process
+from ovt.engine.vm import firmware, migration, process
 from ovt.engine.vm.migration import Settings
 from ovt.errors import OvtError, StateError
 from ovt.host import Host
@@ -139,6 +139,30 @@ def test_a_paused_machine_arrives_paused_and_stays_here_stopped_with_keep(
     assert (status, kept.stop_wanted) == (Status.STOPPED, True)
 
 
+def test_uefi_variables_move_with_the_memory(
+    here: Host, there: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = os.urandom(128 << 10)
+    (tmp_path / "vars").write_bytes(variables)
+    (code,) = Path("/usr/share").glob("seabios/bios-256k.bin")  # what the code does is no matter here
+    found = firmware.Firmware(str(code), "raw", str(tmp_path / "vars"), "raw")
+    monkeypatch.setattr(firmware, "find", lambda machine: found)
+    spec = Spec(
+        image="none",
+        limits=Limits(memory=32 * MIB),
+        machine=Machine(accel="tcg", firmware="uefi", disks=(Disk(size=MIB),), vsock=False),
+        network="none",
+    )
+    here.start(here.create(spec, "one", kind=Kind.VM).id)
+    with Peer(tmp_path / "there") as peer:
+        outcome = migrate.migrate(here, "one", peer.address, MOVING)
+    moved(here, there)
+    there.stop("one", 0.0)
+    command = ["qemu-img", "convert", "-O", "raw", f"{there.store.home(outcome.id)}/{firmware.NVRAM}"]
+    subprocess.run([*command, str(tmp_path / "arrived")], check=True, timeout=60)
+    assert (tmp_path / "arrived").read_bytes() == variables
+
+
 def test_check_finds_everything_and_changes_nothing(here: Host, there: Host, machine: Instance, tmp_path: Path) -> None:
     taken = there.create(Spec(image="none", machine=Machine(disks=(Disk(size=MIB),))), "one", kind=Kind.VM)
     with Peer(tmp_path / "there") as peer:
@@ -259,7 +283,7 @@ def test_cancel_from_another_command(here: Host, there: Host, machine: Instance,
 
 
 def test_a_time_limit(here: Host, there: Host, machine: Instance, tmp_path: Path) -> None:
-    options = MOVING._replace(timeout=2.0, settings=Settings(bandwidth=64 << 10))
+    options = MOVING._replace(timeout=2.0, settings=Settings(downtime=1, bandwidth=64 << 10))
     with Peer(tmp_path / "there") as peer, pytest.raises(OvtError, match=r"not there.* within 2 seconds"):
         migrate.migrate(here, "one", peer.address, options)
     stays(here, there, machine)
