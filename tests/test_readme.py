@@ -69,6 +69,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {
         "PATH": f"{ROOT}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": str(tmp_path),
+        # the guest's kernel is fetched once for all tests
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
         "OVT_DATA_ROOT": str(tmp_path / "data"),
         "OVT_RUN_ROOT": str(tmp_path / "run"),
         "LANG": "C.UTF-8",

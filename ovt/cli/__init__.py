@@ -59,6 +59,7 @@ COMMANDS: dict[str, Entry] = {
     "suspend": Entry("machine", "Have the guests of virtual machines go to sleep", _MACHINE),
     "wake": Entry("machine", "Wake virtual machines whose guests sleep", _MACHINE),
     "save": Entry("machine", "Write the memory of virtual machines to the disk and end them", _MACHINE),
+    "device": Entry("devices", "Attach, detach and change devices of a machine", _MACHINE),
     "snapshot": Entry("snapshots", "Keep states of a virtual machine", _MACHINE),
     "clone": Entry("snapshots", "Make a new virtual machine NEW from INSTANCE", _MACHINE),
     "template": Entry("templates", "Keep booted guests, to fork them", _MACHINE),

@@ -66,8 +66,9 @@ def check(app: App, fix: bool, form: str) -> int:
     Each failure comes with what mends it. The exit status is 1 when something fails or is left.
     """
     from ovt.engine.container import readiness
+    from ovt.engine.vm import readiness as machines
 
-    found = list(readiness.checks(app.host.data, app.host.run_root))
+    found = [*readiness.checks(app.host.data, app.host.run_root), *machines.checks(app.host.run_root)]
     left = app.host.leftovers(fix)
     failed = any(item.state == "fail" for item in found) or bool(left and not fix)
     if form == "json":

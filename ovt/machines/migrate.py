@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
     id: str  # there
     total: int
     downtime: int  # as QEMU counts: until the memory is there
-    pause: int  # from the guest's last instruction here to the word that it runs there
+    pause: int  # from the guest's last instruction here to its first there, and half a round trip
     transferred: int
 
 
@@ -227,7 +227,7 @@ class _Move:
                 self._copy_disks(lent, mirrored)
                 stopped = self._send_memory(lent, mirrored)
                 with _undisturbed():
-                    self._commit(record)
+                    since = self._commit(record)
             except outgoing.Undecided:
                 raise
             except BaseException as error:
@@ -236,7 +236,7 @@ class _Move:
                 if relay.error and isinstance(error, OvtError):
                     raise HostError(f"{error.message}: {relay.error}") from error
                 raise
-            pause = round((time.time() - stopped) * 1000)
+            pause = max(0, round((time.time() - stopped) * 1000) - since)
             with _undisturbed():
                 result = postcopy.send_rest(
                     self.qmp, lent, relay, record, self.control, partial(outgoing.session, self.address), self._tell
@@ -301,13 +301,15 @@ class _Move:
             self.control.call("ping", "pong", timeout=wire.SILENCE)
             self._pinged = now
 
-    def _commit(self, record: dict[str, object]) -> None:
-        """The change-over. Returns when the guest is the other host's, raises when it is not and never will be, and
-        outgoing.Undecided when that cannot be known."""
+    def _commit(self, record: dict[str, object]) -> int:
+        """The change-over: returns when the guest is the other host's, with the milliseconds that it has run there.
+
+        Raises when it is not and never will be, and outgoing.Undecided when that cannot be known.
+        """
         record["committed"] = True
         replace_json(f"{self.home}/{outgoing.RECORD}", record)
         try:
-            self.control.call("commit", "committed", timeout=_COMMIT, run=self.run)
+            return int(self.control.call("commit", "committed", timeout=_COMMIT, run=self.run)["since"])
         except wire.PeerRefused:
             raise
         except OvtError as error:
@@ -316,6 +318,7 @@ class _Move:
                 raise
             if not state:
                 raise outgoing.undecided(self.instance.name, self.address) from error
+            return 0
 
     def _undo(self, record: dict[str, object]) -> None:
         """The guest goes on here, and nothing is left there."""

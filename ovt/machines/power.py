@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ovt import exits
-from ovt.engine.vm import guest_view, process, saved
+from ovt.engine.vm import attached, guest_view, process, saved
 from ovt.engine.vm.agent_verbs import suspend as suspend_by_agent
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Gone, QmpError
@@ -86,7 +86,8 @@ def save(host: Host, reference: str, progress: Callable[[int, int], None] | None
         home = host.store.home(instance.id)
         engine = host.vms
         with engine.qmp(instance) as qmp:
-            saved.save(qmp, engine.features, Hardware.load(home), home, progress)
+            hardware = attached.settle(qmp, home, instance.started)
+            saved.save(qmp, engine.features, hardware, home, progress)
             with contextlib.suppress(Gone):  # it may end before it answers
                 qmp.command("quit")
         if exits.wait_for_record(home, _QUIT_SECONDS) is None:

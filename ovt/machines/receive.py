@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ovt import exits
-from ovt.engine.vm import jail, migration, process
+from ovt.engine.vm import agent, agent_verbs, jail, migration, process
 from ovt.engine.vm.hardware import Hardware, replace_json
 from ovt.engine.vm.qmp import Qmp
 from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError
@@ -236,11 +236,11 @@ class Session:
         except BaseException:
             self._discard()
             raise
-        self.committed = True  # from here on the only answer is yes
+        self.committed, since = True, time.monotonic()  # from here on the only answer is yes
         with contextlib.suppress(OvtError, OSError):  # `query` and `repair` write it down later
             self.instance = settled(self.host, instance, Status.RUNNING if run else Status.PAUSED)
             self.host.journal.write("arrive", instance.id, instance.name, source=self._peer)
-        return {"type": "committed"}
+        return {"type": "committed", "since": round((time.monotonic() - since) * 1000)}
 
     def _recover(self, message: wire.Message) -> dict[str, Any]:
         """Post-copy has lost its connection: take the rest of the memory by another, perhaps in another session."""
@@ -291,9 +291,17 @@ class Session:
         self._open.close()
 
     def _end(self) -> None:
+        qmp, home = self._qmp, os.path.dirname(self._directory)
+        listens = False
+        if self.committed and qmp is not None:
+            with contextlib.suppress(OvtError):
+                listens = bool(agent.port_open(qmp))
         self._discard()
         if self._directory and self.committed:
             clear_directory(self._directory)
+        if listens:
+            with contextlib.suppress(OvtError):
+                agent_verbs.set_time(agent.Agent(home))  # its clock stood still while it moved
 
 
 def settled(host: Host, instance: Instance, status: Status) -> Instance:

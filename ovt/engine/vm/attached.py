@@ -15,9 +15,11 @@ import contextlib
 from typing import Any
 
 from ovt.engine.vm import disks, nics, resize
+from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError
 from ovt.errors import OvtError
+from ovt.model import Instance
 
 PENDING = "pending"
 ATTACH, DETACH, INSERT = "attach", "detach", "insert"
@@ -105,12 +107,12 @@ def list_of(hardware: Hardware, device: Record) -> list[Record]:
     return next(sort for sort in lists(hardware) if any(entry is device for entry in sort))
 
 
-def plug(qmp: Qmp, hardware: Hardware, home: str, device: Record, io_uring: bool) -> None:
+def plug(qmp: Qmp, hardware: Hardware, home: str, device: Record, features: Features, instance: Instance) -> None:
     """Plug in a device of the record; nothing of it is left when QEMU refuses."""
     if "chain" in device:
-        disks.plug(qmp, home, device, io_uring=io_uring)
+        disks.plug(qmp, home, device, io_uring=features.io_uring)
     elif "mac" in device:
-        nics.plug(qmp, hardware, device)
+        nics.plug(qmp, hardware, device, owner=instance.id, features=features, pid=instance.pid)
     else:
         disks.plug_controller(qmp, device)
 
@@ -120,9 +122,6 @@ def unplug(qmp: Qmp, device: Record, timeout: float) -> None:
     if "chain" in device:
         disks.unplug(qmp, device, timeout)
     elif "mac" in device:
-        if device["id"] in disks.attached(qmp):
-            nics.unplug(qmp, device, timeout)
-        else:
-            remove_backend(qmp, device)
+        nics.unplug(qmp, device, timeout)
     else:
         disks.remove_device(qmp, device["id"], timeout)

@@ -170,6 +170,16 @@ def stats(qmp: Qmp) -> dict[str, tuple[int, int, int, int]]:
     return found
 
 
+def sizes(qmp: Qmp) -> dict[str, int]:
+    """How large the guest sees each disk, in bytes by id; not the drives that are empty."""
+    found = {}
+    for entry in qmp.command("query-block"):
+        id = _device_id(entry)
+        if id and entry.get("inserted"):
+            found[id] = int(entry["inserted"]["image"]["virtual-size"])
+    return found
+
+
 # plugging
 
 

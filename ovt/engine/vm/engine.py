@@ -170,9 +170,7 @@ class VmEngine:
     def _freeze(self, instance: Instance, home: str, dry: bool) -> Hardware:
         """The hardware of a machine that has none yet; with `dry` no file is made for it."""
         spec = instance.spec
-        accel, why = choose_accel(spec.machine.accel)
-        if why and not spec.machine.accel and not dry:
-            self.report(f"the guest's processor is emulated, which is slow: {why}")
+        accel, _ = choose_accel(spec.machine.accel)
         hardware = freeze(spec, self.features, accel, instance.rootfs["firmware"], instance.rootfs)
         hardware.main_port = bool(instance.rootfs.get("builtin"))
         if hardware.firmware == "uefi":

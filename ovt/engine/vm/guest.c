@@ -4,7 +4,7 @@
  *   ovt-guest --serve FD       only the agent, on a connected socket; what would change the machine is refused
  *
  * As process 1 it mounts what every program expects, inserts the modules listed in /ovt/modules, runs the main program
- * that /ovt/main describes on the console, inserts those of /ovt/modules.late, asks for an address on every card, and
+ * that /ovt/main describes on the console, inserts those of /ovt/modules.late (before, where there are disks), asks for an address on every card, and
  * serves the protocol of the QEMU guest agent on the port org.qemu.guest_agent.0. When the main program ends, its exit
  * status goes to the port org.ovt.exit.0 (128 + n on a signal; 125: a share could not be mounted, 126: not executable,
  * 127: not found) and the machine off. The power button and busybox's `poweroff` send it SIGTERM first.
@@ -30,6 +30,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
 #include <grp.h>
 #include <ifaddrs.h>
 #include <linux/fs.h>
@@ -264,8 +265,12 @@ static void boot(void) {
     scan_ports();
     scan_buttons();
     step("boot is done, the agent's port is %s", port.fd < 0 ? "missing" : "open");
+    int disks = has_disks();       /* the program may look for them at once */
+    if (disks)
+        load_modules("/ovt/modules.late");
     boot_main();
-    load_modules("/ovt/modules.late");
+    if (!disks)
+        load_modules("/ovt/modules.late");
     scan_ports();
     scan_buttons();
     scan_cards();

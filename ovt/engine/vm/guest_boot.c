@@ -75,6 +75,21 @@ static void load_modules(const char *list) {
         fclose(file);
 }
 
+/* Whether there is a PCI device for mass storage (class 01), but for the AHCI that the machine always has. */
+static int has_disks(void) {
+    int found = 0;
+    glob_t names;
+    if (glob("/sys/bus/pci/devices/*/class", 0, NULL, &names))
+        return 0;
+    for (size_t i = 0; i < names.gl_pathc; i++) {
+        char class[16];
+        if (read_text(names.gl_pathv[i], class, sizeof class))
+            found |= !strncmp(class, "0x01", 4) && strncmp(class, "0x0106", 6);
+    }
+    globfree(&names);
+    return found;
+}
+
 /* TAG:TARGET[:OPTIONS]; 9p, or virtiofs where the options have that word or no 9p device has the tag. */
 static int mount_share(char *share) {
     static const struct { const char *word; unsigned long set, clear; } flags[] = {

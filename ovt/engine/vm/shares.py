@@ -7,8 +7,8 @@
           refused quietly. The alternative, mapped-xattr, would let the guest have owners and device nodes of its own,
           kept in extended attributes, but its symbolic links would be files on the host and the host's be unreadable in
           the guest, and a share is there to be used from both sides.
-virtiofs  with the volume's option `virtiofs`: faster, can be plugged in while the machine runs, needs virtiofsd and memory
-          that QEMU shares with it. virtiofsd ends when QEMU closes their connection.
+virtiofs  with the volume's option `virtiofs`: faster, can be plugged in while the machine runs, needs virtiofsd and
+          memory that QEMU shares with it. virtiofsd ends when QEMU closes their connection.
 
 The built-in image mounts its shares by itself; in another guest it is `guest_command`. Both block live migration.
 """
@@ -126,7 +126,7 @@ def mounts(hardware: Hardware, uid: int) -> list[dict[str, Any]]:
                 options[0] = "rbind" if recursive else "bind"
             elif not share["read_only"]:
                 raise HostError(
-                    f"the guest could not write to {directory}: its filesystem, or this kernel, has no id-mapped mounts",
+                    f"the guest could not write to {directory}: its filesystem or the kernel has no id-mapped mounts",
                     hint=f"share it read-only ({directory}:{share['target']}:ro), or a directory of ext4, xfs or btrfs",
                 )
         found.append(mount)
