@@ -15,6 +15,8 @@ from tests.conftest import BARE
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 
+PROGRAMS = ("ovt/_bin/ovt-init", "ovt/_bin/ovt-supervisor", "ovt/_bin/ovt-guest")
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,13 +53,13 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
         assert archive.read(f"{scripts}/ovt-runtime").startswith(b"\x7fELF")
     assert not any(n == "ovt/_bin/ovt-runtime" or n.endswith(".code") for n in names)
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
-    assert {"ovt/_bin/ovt-init", "ovt/_bin/ovt-supervisor", "ovt/_bin/ovt-guest", "ovt/runtime.py", "ovt/py.typed"} <= names
+    assert {*PROGRAMS, "ovt/runtime.py", "ovt/py.typed"} <= names
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if ".d" not in t} == {"ovt", "ovf", "sriov", "power"}
     assert [n for n in names if n.endswith(".pyc") or "/." in n] == []
 
 
-@pytest.mark.parametrize("program", ["ovt/_bin/ovt-init", "ovt/_bin/ovt-supervisor", "ovt/_bin/ovt-guest", "bin/ovt-runtime"])
+@pytest.mark.parametrize("program", [*PROGRAMS, "bin/ovt-runtime"])
 def test_programs_are_static_and_need_no_executable_stack(installed: Path, program: str) -> None:
     (path,) = [*installed.glob(f"lib/python3*/site-packages/{program}"), *installed.glob(program)]
     assert os.access(path, os.X_OK)

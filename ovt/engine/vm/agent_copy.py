@@ -35,7 +35,8 @@ kind "$0"
 kind "$1"
 if tar --version 2>/dev/null | grep -q GNU; then echo gnu; elif command -v tar >/dev/null; then echo tar; else echo none; fi
 """  # noqa: E501
-_MAKE_TEMPORARY = "umask 077; mktemp /var/tmp/ovt.XXXXXXXXXX 2>/dev/null || mktemp /tmp/ovt.XXXXXXXXXX"
+_PATTERN = "ovt." + "X" * 10  # of mktemp(1)
+_MAKE_TEMPORARY = f"umask 077; mktemp /var/tmp/{_PATTERN} 2>/dev/null || mktemp /tmp/{_PATTERN}"
 
 
 class _End(NamedTuple):

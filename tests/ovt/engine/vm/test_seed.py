@@ -122,7 +122,7 @@ def test_public_keys(key: str) -> None:
     seed.check(Seed(ssh_keys=(key,)))
 
 
-@pytest.mark.parametrize("key", ["", "/root/.ssh/id.pub", "-----BEGIN OPENSSH PRIVATE KEY-----", f"{KEY}\nruncmd: [x]"])
+@pytest.mark.parametrize("key", ["", "~/.ssh/id.pub", "-----BEGIN OPENSSH PRIVATE KEY-----", f"{KEY}\nruncmd: [x]"])
 def test_what_is_no_public_key_is_refused_and_not_repeated(key: str) -> None:
     with pytest.raises(UsageError, match=r"^SSH key 2 is not a public key$"):
         seed.check(Seed(ssh_keys=(KEY, key)))
