@@ -253,6 +253,8 @@ class Spec(NamedTuple):
     stop_timeout: float = 10.0
     rootfs_in_place: bool = False  # run on the image directory itself instead of on a layer above it
     machine: Machine = _NO_MACHINE  # of a virtual machine only
+    boot_order: int = 0  # at the start of the host: the higher ones first
+    boot_delay: float = 0.0  # seconds that the next one waits for this one then
 
     @classmethod
     def unpack(cls, data: dict[str, Any]) -> Spec:

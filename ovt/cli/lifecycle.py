@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
 from ovt.cli import values
@@ -34,17 +36,8 @@ def start(app: App, instances: tuple[str, ...], all_: bool, boot: bool, attach: 
     """Start instances."""
     host = app.host
     if boot:
-        instances = tuple(
-            instance.name
-            for instance, status in host.list()
-            if status in IDLE
-            and (
-                instance.spec.restart.policy == "always"
-                or (instance.spec.restart.policy == "unless-stopped" and not instance.stop_wanted)
-            )
-        )
-    else:
-        instances = _chosen(app, instances, all_, alive=False)
+        return _boot(app)
+    instances = _chosen(app, instances, all_, alive=False)
     if attach:
         if len(instances) != 1:
             raise UsageError("--attach takes one instance")
@@ -52,6 +45,27 @@ def start(app: App, instances: tuple[str, ...], all_: bool, boot: bool, attach: 
 
         return foreground(app, host.get(instances[0])[0])
     return app.each("start", instances, host.start)
+
+
+def _boot(app: App) -> int:
+    """Start what is to run with the host, in its order; one that fails does not keep the others back."""
+    host = app.host
+    wanted = [
+        instance
+        for instance, status in host.list()
+        if status in IDLE
+        and (
+            instance.spec.restart.policy == "always"
+            or (instance.spec.restart.policy == "unless-stopped" and not instance.stop_wanted)
+        )
+    ]
+    worst = 0
+    ordered = sorted(wanted, key=lambda instance: (-instance.spec.boot_order, instance.created))
+    for number, instance in enumerate(ordered, 1):
+        worst = max(worst, app.each("start", [instance.name], host.start))
+        if number < len(ordered):
+            time.sleep(instance.spec.boot_delay)
+    return worst
 
 
 @click.command()

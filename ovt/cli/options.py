@@ -58,6 +58,9 @@ _OPTIONS = [
     click.option("--init", is_flag=True, help="Run a small init in front that reaps orphans and passes signals on."),
     click.option("--restart", type=Parsed("policy", Restart.parse), default="no", show_default=True,
                  help="no, on-failure[:N], always or unless-stopped."),
+    click.option("--boot-order", type=int, default=0, help="With --restart: higher ones start first with the host."),
+    click.option("--boot-delay", type=Parsed("duration", values.parse_duration), default=0.0,
+                 help="What comes after it then waits so long."),
     click.option("--stop-signal", type=Parsed("signal", values.parse_signal), default=0, help="TERM when not given."),
     click.option("--stop-timeout", type=Parsed("duration", values.parse_duration), default=None,
                  help="How long stop waits before it kills: 10s, for a VM 90s when not given."),
@@ -109,6 +112,8 @@ def spec_of(given: dict[str, Any]) -> tuple[Spec, str, dict[str, str], Kind]:
         stop_timeout=given["stop_timeout"] if given["stop_timeout"] is not None else STOP_TIMEOUTS[kind],
         rootfs_in_place=given["in_place"],
         machine=machine_options.machine_of(given),
+        boot_order=given["boot_order"],
+        boot_delay=given["boot_delay"],
     )
     if kind is Kind.CONTAINER and spec.network not in {"none", "host"}:
         raise UsageError(f"a container has no network {spec.network!r}", "--network none or --network host")

@@ -63,6 +63,8 @@ FULL = Spec(
     stop_timeout=1.5,
     rootfs_in_place=True,
     machine=MACHINE,
+    boot_order=5,
+    boot_delay=2.5,
 )
 
 

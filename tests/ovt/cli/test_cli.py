@@ -153,6 +153,15 @@ def test_boot_starts_what_its_policy_asks_for(ovt: Ovt, host: Host) -> None:
     assert ovt("start", "--boot").out == "a\nc\n"
 
 
+def test_boot_goes_by_order_and_waits(ovt: Ovt, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("ovt.cli.lifecycle.time.sleep", waited.append)
+    for name, order, delay in (("a", "0", "1s"), ("b", "9", "2s"), ("c", "-1", "3s")):
+        ovt("create", "--name", name, "--restart", "always", "--boot-order", order, "--boot-delay", delay, "busybox")
+    assert ovt("start", "--boot").out == "b\na\nc\n"
+    assert waited == [2.0, 1.0]  # nothing comes after the last
+
+
 def test_update(ovt: Ovt, web: str, host: Host) -> None:
     words = ("--memory", "64M", "--cpus", "2", "--pids", "7", "--cpuset-cpus", "0", "--memory-swap", "128M")
     assert ovt("update", *words, "--restart", "always", "web").status == 0

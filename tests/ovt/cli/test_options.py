@@ -51,6 +51,8 @@ SAMPLES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "sysctl": (["--sysctl", "net.a=1"], {"sysctls": ("net.a=1",)}),
     "init": (["--init"], {"init": True}),
     "restart": (["--restart", "on-failure:3"], {"restart": Restart("on-failure", 3)}),
+    "boot_order": (["--boot-order", "5"], {"boot_order": 5}),
+    "boot_delay": (["--boot-delay", "2s"], {"boot_delay": 2.0}),
     "stop_signal": (["--stop-signal", "INT"], {"stop_signal": 2}),
     "stop_timeout": (["--stop-timeout", "1m"], {"stop_timeout": 60.0}),
     "kind": (["--vm"], {}),

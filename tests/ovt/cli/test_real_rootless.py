@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from ovt.image import kernel
+
 pytestmark = pytest.mark.root
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,9 +31,9 @@ def user() -> Iterator[User]:
     """Run a shell script as the user; `ovt` is on its path, $HOME its own."""
     base = Path(tempfile.mkdtemp(prefix="ovt-rootless-"))
     base.chmod(0o755)
-    for name in ("home", "code", "bin", "run"):
+    for name in ("home", "code", "bin", "run", "cache"):
         (base / name).mkdir()
-    for name in ("home", "run"):
+    for name in ("home", "run", "cache"):
         os.chown(base / name, DAEMON, DAEMON)
     (base / "subid").write_text("daemon:300000:65536\n")
     site = Path(sysconfig.get_path("purelib")).relative_to(ROOT)
@@ -42,9 +44,16 @@ def user() -> Iterator[User]:
         "PATH": f"{base}/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": str(base / "home"),
         "XDG_RUNTIME_DIR": str(base / "run"),
+        "XDG_CACHE_HOME": str(base / "cache"),
     }
+    for name in ("cache/ovt", "cache/ovt/kernel"):
+        (base / name).mkdir()
+        os.chown(base / name, DAEMON, DAEMON)
+    there = kernel.cached()  # root's, which need not be fetched once more
+    kernels = f"mount --bind {there.directory.parent} {base}/cache/ovt/kernel; " if there else ""
     prepare = (
         f"mount --bind {base}/subid /etc/subuid; mount --bind {base}/subid /etc/subgid; "
+        f"{kernels}"
         f"mount --bind {ROOT} {base}/code; cd {base}/home; "
         f'exec setpriv --reuid {DAEMON} --regid {DAEMON} --clear-groups sh -ec "$1"'
     )
@@ -104,6 +113,27 @@ def test_a_life(user: User) -> None:
     )
     assert done.stdout.split() == [
         *("web", "web", "running", "web", "words", "up", "web", "words", "web", "words", "web"),
+    ]
+
+
+@pytest.mark.qemu
+def test_a_machine(user: User) -> None:
+    done = user(
+        """
+        ovt run -d --vm --name lab busybox sleep 1000
+        ovt exec lab uname -s
+        pid=$(ovt inspect --format '{{.pid}}' lab)
+        stat -c %u /proc/$pid
+        grep -E '^(CapEff|Seccomp):' /proc/$pid/status
+        ovt save lab
+        ovt start lab
+        ovt exec lab hostname
+        ovt delete -f lab
+        ls .local/share/ovt/instances
+        """
+    )
+    assert done.stdout.split() == [
+        *("lab", "Linux", str(DAEMON), "CapEff:", "0000000000000000", "Seccomp:", "2", "lab", "lab", "lab", "lab"),
     ]
 
 
