@@ -265,11 +265,14 @@ class _Move:
     def _send_memory(self, lent: str, mirrored: list[migration.Disk]) -> float:
         """Until the guest stands still here and only the other host's `cont` is missing; when that began (epoch)."""
         migration.start(self.qmp, lent)
-        began, postcopy = time.monotonic(), False
+        began, postcopy, released = time.monotonic(), False, False
         while True:
             state, progress, _ = migration.status(self.qmp)
             self._tell(progress)
             if state == "pre-switchover":
+                if released:  # QEMU needs a moment to leave this state
+                    continue
+                released = True
                 migration.finish_mirrors(self.qmp, mirrored)
                 mirrored = []
                 self.control.call("disks-done", "disks-closed")

@@ -78,15 +78,15 @@ static void load_modules(const char *list) {
 /* Whether there is a PCI device for mass storage (class 01), but for the AHCI that the machine always has. */
 static int has_disks(void) {
     int found = 0;
-    glob_t names;
-    if (glob("/sys/bus/pci/devices/*/class", 0, NULL, &names))
-        return 0;
-    for (size_t i = 0; i < names.gl_pathc; i++) {
-        char class[16];
-        if (read_text(names.gl_pathv[i], class, sizeof class))
+    DIR *devices = opendir("/sys/bus/pci/devices");
+    for (struct dirent *entry; devices && (entry = readdir(devices));) {
+        char path[320], class[16];
+        snprintf(path, sizeof path, "/sys/bus/pci/devices/%s/class", entry->d_name);
+        if (read_text(path, class, sizeof class))
             found |= !strncmp(class, "0x01", 4) && strncmp(class, "0x0106", 6);
     }
-    globfree(&names);
+    if (devices)
+        closedir(devices);
     return found;
 }
 

@@ -303,7 +303,8 @@ def test_nothing_above_the_lent_directory_can_be_reached(pair: Pair, tmp_path: P
 
 @pytest.mark.root
 def test_post_copy_goes_on_after_its_wire_was_cut(tmp_path: Path) -> None:
-    """The rest of the memory takes another connection; the guest there runs meanwhile."""
+    """The rest of the memory takes another connection. The guest there does not run yet: under TCG it would wait for
+    a missing page with QEMU's big lock held, and no command would be answered."""
     with qemu(content=WORDS, memory=256 * MIB) as source, qemu(incoming=True, memory=256 * MIB) as target:
         pair = Pair(source, target, tmp_path)
         try:
@@ -317,7 +318,6 @@ def test_post_copy_goes_on_after_its_wire_was_cut(tmp_path: Path) -> None:
             migration.start_postcopy(source)
             pair.send("postcopy-active")
             migration.wait_arrived(target)
-            migration.go(target, True)
             with pytest.raises(StateError, match="no way back"):
                 migration.cancel(source)
             pair.cut()
@@ -326,6 +326,7 @@ def test_post_copy_goes_on_after_its_wire_was_cut(tmp_path: Path) -> None:
             source.command("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
             migration.send_again(source, pair.lent[0])
             pair.send()
+            migration.go(target, True)
             assert read(target, CONTENT, len(WORDS)) == WORDS
             assert migration.running(target)
             assert not migration.running(source)
