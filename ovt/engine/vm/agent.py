@@ -31,6 +31,7 @@ LONGEST = 64 << 20  # bytes of one answer; the largest honest one is two outputs
 TURN = 30.0  # seconds to wait for another command of ovt to let go of the agent
 _CHUNK = 1 << 18
 _POLL = 0.005
+_GREETING = 4.0  # seconds after which the agent is called again, on a new connection
 # These change nothing when they are carried out late, after we have given up waiting. Anything else is sent only once
 # the agent has answered: a shutdown that stays in the port's buffer would meet the guest at its next boot.
 _HARMLESS = frozenset({"guest-ping", "guest-info", "guest-fsfreeze-thaw", "guest-fsfreeze-status"})
@@ -310,28 +311,37 @@ class Agent:
             raise NoAgent("no program in the guest listens for ovt: the guest agent does not run (yet)")
         seconds = self.sync_timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
-        number = secrets.randbelow(1 << 53)
-        request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
-        try:
-            # 0xFF is in no JSON text: it ends whatever half a request the agent still holds
-            self._write(b"\xff" + request + b"\n" + follow, deadline)
-            seen = 0
-            while True:
-                line = self._line(deadline)
-                seen += len(line)
-                if seen > LONGEST:
-                    raise AgentError("the guest's agent sends without end and never answers", AgentError.PROTOCOL)
-                try:
-                    if _answer(line.rpartition(b"\xff")[2]).get("return") == number:
-                        break
-                except AgentError:
-                    pass  # the rest of an answer to somebody else
-        except TimeoutError:
-            raise NoAgent(f"no guest agent answers (within {seconds:g} s)") from None
-        except _Ended:
-            raise NoAgent("the connection to the guest's agent has ended: QEMU runs no more") from None
+        while True:
+            try:
+                self._greet(follow, min(deadline, time.monotonic() + _GREETING))
+                break
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise NoAgent(f"no guest agent answers (within {seconds:g} s)") from None
+                # perhaps the agent has missed that somebody came: QEMU tells it once
+                self._disconnect()
+            except _Ended:
+                raise NoAgent("the connection to the guest's agent has ended: QEMU runs no more") from None
         self._synced = self._met = True
         self._pending.clear()
+
+    def _greet(self, follow: bytes, deadline: float) -> None:
+        """Send a number that the agent repeats, and read until it does; TimeoutError."""
+        number = secrets.randbelow(1 << 53)
+        request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
+        # 0xFF is in no JSON text: it ends whatever half a request the agent still holds
+        self._write(b"\xff" + request + b"\n" + follow, deadline)
+        seen = 0
+        while True:
+            line = self._line(deadline)
+            seen += len(line)
+            if seen > LONGEST:
+                raise AgentError("the guest's agent sends without end and never answers", AgentError.PROTOCOL)
+            try:
+                if _answer(line.rpartition(b"\xff")[2]).get("return") == number:
+                    return
+            except AgentError:
+                pass  # the rest of an answer to somebody else
 
     # the wire
 
