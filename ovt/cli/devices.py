@@ -20,7 +20,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 
 @click.group(context_settings=_HELP)
 def device() -> None:
-    """Attach, detach and change devices of a virtual machine."""
+    """Attach, detach and change devices of a machine."""
 
 
 def _bytes(key: str) -> Any:
@@ -95,6 +95,19 @@ def attach_nic(app: App, publish: tuple[str, ...], instance: str, nic: Any) -> i
 
     app.subject = f"attach {instance}"
     output.result(devices.attach_nic(app.host, instance, nic._replace(forwards=publish)))
+    return 0
+
+
+@attach.command("hostdev")
+@instance_argument("device", many=False)
+@click.argument("address")
+@pass_app
+def attach_hostdev(app: App, instance: str, address: str) -> int:
+    """A PCI device of the host, such as 0000:01:10.0; it is taken from its driver while INSTANCE runs."""
+    from ovt.machines import devices
+
+    app.subject = f"attach {instance}"
+    output.result(devices.attach_hostdev(app.host, instance, address))
     return 0
 
 

@@ -24,7 +24,7 @@ _TUNSETIFF = 0x400454CA
 _TUNGETIFF = 0x800454D2
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR, _IFF_MULTI_QUEUE, _IFF_TUN_EXCL = 0x2, 0x1000, 0x4000, 0x100, 0x8000
 _FLAGS = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-_ENOENT, _EBUSY, _ENODEV, _ENXIO = 2, 16, 19, 6
+_EPERM, _ENOENT, _ENXIO, _EBUSY, _ENODEV = 1, 2, 6, 16, 19
 
 
 def find(name: str) -> Link:
@@ -100,7 +100,8 @@ def _open(name: str, queues: int, flags: int) -> list[int]:
             except OSError as error:
                 if error.errno == _EBUSY:
                     raise Conflict(f"tap {name} is in use already", "ip -d link show type tun") from None
-                raise refused(f"open tap {name}", error) from None
+                hint = "only root makes taps; a user has those made for him: ip tuntap add NAME mode tap user USER"
+                raise refused(f"open tap {name}", error, hint if error.errno == _EPERM else "") from None
             flags &= ~_IFF_TUN_EXCL
     return fds
 

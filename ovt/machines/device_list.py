@@ -92,12 +92,17 @@ def _all(hardware: Hardware, home: str, qmp: Qmp | None, owner: str, run: float)
         for device in devices:
             what = str(device.get("address") or device.get("source") or "virtio-scsi")
             found.append(_entry(device["id"], sort, what, port=device.get("port") or "", state=state(device)))
-    for dimm in hardware.dimms:
-        found.append(_entry(dimm["id"], "memory", "plugged in", port=f"slot {dimm['slot']}", size=dimm["size"]))
-    found += [
-        _entry(cpu["id"], "cpu", "plugged in", port=f"socket {cpu['socket-id']}") for cpu in hardware.plugged_vcpus
+    return found if qmp is None else [*found, *_plugged(hardware)]  # a start gives it all of its memory at once
+
+
+def _plugged(hardware: Hardware) -> list[Entry]:
+    """Memory and processors beyond those that it was started with."""
+    found = [
+        _entry(dimm["id"], "memory", "plugged in", port=f"slot {dimm['slot']}", size=dimm["size"])
+        for dimm in hardware.dimms
     ]
-    return found
+    cpus = [_entry(cpu["id"], "cpu", "plugged in", port=f"socket {cpu['socket-id']}") for cpu in hardware.plugged_vcpus]
+    return [*found, *cpus]
 
 
 def _virtual_size(path: str, format: str) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ovt.engine.vm import attached, blockgraph, diskrecords, disks, nics, saved
+from ovt.engine.vm import attached, blockgraph, diskrecords, disks, hostdevs, nics, saved
 from ovt.engine.vm.hardware import FILE, Hardware
 from ovt.engine.vm.qmp import Qmp
 from ovt.engine.vm.snapshot_changes import read
@@ -155,6 +155,27 @@ def attach_nic(host: Host, reference: str, nic: Nic) -> str:
     return id
 
 
+def attach_hostdev(host: Host, reference: str, address: str) -> str:
+    """Give a machine a PCI device of the host; its id. Errors as of hostdevs.add; StateError for one that runs and was
+    started without this device."""
+    with opened(host, reference) as at:
+        if at.hardware is None:
+            id = address.lower()
+            machine = at.instance.spec.machine
+            at.ask(machine._replace(hostdevs=(*machine.hostdevs, id)))
+        else:
+            _room(at, at.hardware)
+            balloon = at.hardware.balloon
+            record = hostdevs.add(at.hardware, address)
+            if at.qmp is not None:
+                at.hardware.balloon = balloon  # what it was started with is there until it ends
+            at.hardware.hostdevs.remove(record)
+            id = record["id"]
+            _attach(at, at.hardware, at.hardware.hostdevs, record)
+    host.journal.write("attach", at.instance.id, at.instance.name, device=id, sort="hostdev")
+    return id
+
+
 def _attach(at: Opened, hardware: Hardware, sort: list[Record], record: Record) -> None:
     """Record and plug one device; neither is left of it when this raises."""
     sort.append(record)
@@ -221,6 +242,8 @@ def _detach(at: Opened, hardware: Hardware, id: str, timeout: float, delete: boo
             at.save()
         attached.unplug(at.qmp, device, timeout)
     attached.list_of(hardware, device).remove(device)
+    if at.qmp is None and "address" in device and not hardware.hostdevs:
+        hardware.balloon = at.instance.spec.machine.balloon  # which a host's device had kept away
     at.save()
     return _files(at, hardware, device, delete)
 

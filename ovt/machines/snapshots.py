@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ovt.engine.vm import clones, identity, snapshots
+from ovt.engine.vm import attached, clones, identity, snapshots
 from ovt.engine.vm.agent import Agent, port_open
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp
@@ -164,6 +164,7 @@ def opened(host: Host, verb: str, reference: str) -> Iterator[tuple[Instance, st
         if status in LIVE:
             with host.vms.qmp(instance) as qmp:
                 tidy(home, qmp)
+                attached.settle(qmp, home, instance.started)
                 yield instance, home, qmp
         else:
             host.vms.cleanup(instance, home)

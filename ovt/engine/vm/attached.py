@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from ovt.engine.vm import disks, nics, resize
+from ovt.engine.vm import disks, hostdevs, nics, resize, shares
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError
+from ovt.engine.vm.unplug import remove_device
 from ovt.errors import OvtError
 from ovt.model import Instance
 
@@ -60,6 +61,7 @@ def _settle(qmp: Qmp, sort: list[Record], device: Record, there: bool, run: floa
         del device[PENDING]
         if medium_node(qmp, device) != pending["before"]:
             device["chain"] = pending["chain"]
+        disks.remove_unused(qmp, device)
     elif there and pending["verb"] == DETACH:
         return False  # the guest has been asked, and may still let go
     elif there:
@@ -113,6 +115,8 @@ def plug(qmp: Qmp, hardware: Hardware, home: str, device: Record, features: Feat
         disks.plug(qmp, home, device, io_uring=features.io_uring)
     elif "mac" in device:
         nics.plug(qmp, hardware, device, owner=instance.id, features=features, pid=instance.pid)
+    elif "address" in device:
+        hostdevs.plug(qmp, hardware, device)
     else:
         disks.plug_controller(qmp, device)
 
@@ -123,5 +127,9 @@ def unplug(qmp: Qmp, device: Record, timeout: float) -> None:
         disks.unplug(qmp, device, timeout)
     elif "mac" in device:
         nics.unplug(qmp, device, timeout)
+    elif "address" in device:
+        hostdevs.unplug(qmp, device, timeout)
+    elif "target" in device:
+        shares.unplug(qmp, device, timeout)
     else:
-        disks.remove_device(qmp, device["id"], timeout)
+        remove_device(qmp, device["id"], timeout)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ovt.engine.base import Stats
-from ovt.engine.vm import blockgraph, diskrecords, disks, nics, resize, seed
+from ovt.engine.vm import blockgraph, diskrecords, disks, hostdevs, nics, resize, seed, shares
 from ovt.engine.vm.diskfiles import open_chain
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
@@ -53,6 +53,11 @@ def add_all(hardware: Hardware, instance: Instance, home: str, dry: bool) -> Non
         hardware.disks.append(record)
     for nic in machine.nics:
         nics.add(hardware, nic)
+    for volume in instance.spec.volumes:
+        shares.add(hardware, volume)
+    for address in machine.hostdevs:
+        hostdevs.add(hardware, address)
+    hostdevs.check([record["address"] for record in hardware.hostdevs])
     hardware.ports = 0
 
 
@@ -76,12 +81,15 @@ def describe(hardware: Hardware, home: str) -> list[str]:
     for disk in hardware.disks:
         images = " over ".join(layer["path"] for layer in reversed(disk["chain"])) or "empty"
         lines.append(f"{disk['device']} {disk['id']}: {disk['bus']}, {images}")
-    lines += [f"network card {nic['id']}: {nic['model']}, {nic['mac']}, on {nic['network']}" for nic in hardware.nics]
+    lines += [nics.describe(nic) for nic in hardware.nics]
+    lines += [shares.describe(share) for share in hardware.shares]
+    lines += [hostdevs.describe(hostdev) for hostdev in hardware.hostdevs]
     return lines
 
 
 def prepare_launch(job: Launch) -> None:
-    """What devices need of QEMU's command line and container."""
+    """What devices need of QEMU's container."""
+    hostdevs.prepare(job)
 
 
 def cold_disks(job: Launch, stack: ExitStack) -> tuple[dict[str, int], dict[str, int]]:
@@ -108,7 +116,7 @@ def cold_words(hardware: Hardware, sets: dict[str, int], features: Features) -> 
     return words
 
 
-def plug_all(qmp: Qmp, hardware: Hardware, home: str, features: Features, incoming: bool) -> None:
+def plug_all(qmp: Qmp, hardware: Hardware, home: str, features: Features, incoming: bool, owner: str = "") -> None:
     """Plug every recorded device into a machine that has not begun."""
     for controller in hardware.controllers:
         disks.plug_controller(qmp, controller)
@@ -118,7 +126,11 @@ def plug_all(qmp: Qmp, hardware: Hardware, home: str, features: Features, incomi
         elif disk.get("iops") or disk.get("bps"):
             disks.throttle(qmp, disk, disk["iops"], disk["bps"])
     for nic in hardware.nics:
-        nics.plug(qmp, hardware, nic)
+        nics.plug(qmp, hardware, nic, owner=owner, features=features)
+    for share in hardware.shares:
+        shares.plug(qmp, hardware, share)
+    for hostdev in hardware.hostdevs:
+        hostdevs.plug(qmp, hardware, hostdev)
     for dimm in hardware.dimms:
         resize.plug_dimm(qmp, hardware, dimm)
     for cpu in hardware.plugged_vcpus:
@@ -146,12 +158,13 @@ def stats(engine: VmEngine, instance: Instance, read: Stats) -> Stats:
                     pass  # its driver is not there yet: the guest has all of its memory
     except OvtError:
         return read  # busy or just ended; the cgroup's figures stand
+    counted = [counts for counts in nics.stats(hardware.nics, instance.id).values() if counts]
     return read._replace(
         memory_limit=memory_limit,
         block_read=block_read,
         block_write=block_write,
-        network_received=0,
-        network_sent=0,
+        network_received=sum(counts[0] for counts in counted),
+        network_sent=sum(counts[1] for counts in counted),
         exits=exits,
     )
 

@@ -18,6 +18,7 @@ from ovt.engine.vm import blockgraph as graph
 from ovt.engine.vm.blockgraph import Command, Record
 from ovt.engine.vm.diskfiles import Opener, open_chain
 from ovt.engine.vm.qmp import Gone, Qmp, QmpError
+from ovt.engine.vm.unplug import remove_device
 from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError, UsageError
 
 UNPLUG_SECONDS = 30.0  # for the guest to give a device back; Linux takes less than one
@@ -25,6 +26,7 @@ ROLLBACK_SECONDS = 5.0
 TRAY_SECONDS = 10.0  # for the guest to unlock a drive
 _PERIPHERAL = "/machine/peripheral"
 _FDSET = "/dev/fdset/"
+_HINT = "unmount it in the guest and try again; a guest that does not run or knows no hotplug never answers"
 
 
 def plug(qmp: Qmp, home: str, disk: Record, opener: Opener = os.open, *, io_uring: bool = False) -> None:
@@ -78,7 +80,11 @@ def unplug(qmp: Qmp, disk: Record, timeout: float = UNPLUG_SECONDS) -> None:
         status = qmp.command("query-status")["status"]
         if disk.get("bus") != "scsi" and status not in ("running", "prelaunch"):
             raise StateError(f"disk {id}: the guest has to give it back, and is {status}", "resume the machine first")
-        remove_device(qmp, id, timeout)
+        if disk.get("device") == "cdrom" and medium(qmp, disk) is not None:
+            # QEMU 10.0 never lets go of what is in a drive that was plugged in empty, once the drive is gone
+            qmp.command("blockdev-open-tray", {"id": id, "force": True})
+            qmp.command("blockdev-remove-medium", {"id": id})
+        remove_device(qmp, id, timeout, _HINT)
     remove_backend(qmp, id)
 
 
@@ -157,6 +163,14 @@ def change_medium(
         _swap(qmp, disk, graph.format_node(id, first + len(fdsets) - 1) if fdsets else "", force, timeout)
     _remove_nodes(qmp, id, old)
     throttle(qmp, disk, disk.get("iops") or 0, disk.get("bps") or 0)
+
+
+def remove_unused(qmp: Qmp, disk: Record) -> None:
+    """Remove the images of a CD-ROM drive that are not in it: a change of the medium that was killed leaves such."""
+    inserted = medium(qmp, disk)
+    top = graph.parse_node(inserted["node-name"]) if inserted else None
+    owned = graph.owned_nodes(disk["id"], _nodes(qmp))
+    _remove_nodes(qmp, disk["id"], [name for name in owned if not top or (graph.parse_node(name) or top)[2] != top[2]])
 
 
 def stats(qmp: Qmp) -> dict[str, tuple[int, int, int, int]]:
@@ -279,37 +293,6 @@ def _explained(disk: Record, command: Command, error: QmpError, fdsets: Sequence
 
 
 # unplugging
-
-
-def remove_device(qmp: Qmp, id: str, timeout: float) -> None:
-    """device_del of a device of any sort, and wait until the guest has let go: `timeout` in seconds; StateError when it
-    does not. Nothing happens for one that is not there."""
-    for event in [event for event in qmp.events if event["event"] == "DEVICE_DELETED" and _of(event, id)]:
-        qmp.events.remove(event)  # an earlier device of that name
-    try:
-        qmp.command("device_del", {"id": id})
-    except QmpError as error:
-        if error.error_class == "DeviceNotFound":
-            return
-        if "already in the process of unplug" not in error.message:
-            raise
-    try:
-        event = qmp.wait_event(
-            "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", timeout=timeout, where=lambda event: _of(event, id)
-        )
-    except TimeoutError:
-        if id not in children(qmp, _PERIPHERAL):
-            return
-        raise StateError(
-            f"the guest has not given {id} back in {timeout:g} seconds: it stays attached",
-            "unmount it in the guest and try again; a guest that does not run or knows no hotplug never answers",
-        ) from None
-    if event["event"] != "DEVICE_DELETED":
-        raise StateError(f"the guest refuses to give {id} back: it stays attached", "unmount it in the guest first")
-
-
-def _of(event: dict[str, Any], id: str) -> bool:
-    return bool(event["data"].get("device") == id)
 
 
 def remove_backend(qmp: Qmp, id: str) -> None:

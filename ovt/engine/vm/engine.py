@@ -22,7 +22,9 @@ from ovt.engine.vm import (
     firmware,
     forks,
     guest_view,
+    hostdevs,
     jail,
+    nics,
     process,
     resize,
     saved,
@@ -147,21 +149,25 @@ class VmEngine:
         job = process.Launch(instance.id, instance.name, home, self.features, hardware)
         job.cpuset = spec.limits.cpuset_cpus
         job.cpus = spec.limits.cpus if spec.limits.cpus % 1 else 0.0
-        job.host_network = any(nic["network"] == "user" for nic in hardware.nics)
+        job.host_network = nics.need_host_network(nic["network"] for nic in hardware.nics)
         job.initrd_extra = source.main_archive(instance, hardware)
         if hardware.accel == "kvm":
             job.nodes.append(jail.node("/dev/kvm"))
         if os.path.exists(_USERFAULTFD):
             job.nodes.append(jail.node(_USERFAULTFD))  # what post-copy migration fetches missing memory with
         devices.prepare_launch(job)
-        job.plug = lambda qmp: devices.plug_all(qmp, hardware, home, self.features, job.incoming)
+        job.plug = lambda qmp: devices.plug_all(qmp, hardware, home, self.features, job.incoming, job.id)
         return job
 
     def start_machine(self, job: process.Launch, exit_command: list[str], env: dict[str, str]) -> Guest:
         """Start QEMU with all its devices, up to where only `start` is missing."""
         rootless = self.containers.rootless
         known = facts.gather(self.containers.cgroups, *(facts.own_mappings() if rootless else ((), ())))
-        made = process.launch(job, self.containers.runtime, known, exit_command, env, self._parent_lock)
+        try:
+            made = process.launch(job, self.containers.runtime, known, exit_command, env, self._parent_lock)
+        except BaseException:
+            hostdevs.release(job.home)
+            raise
         return Guest(made.child_pid, made.child_start_time, made.pid, made.start_time)
 
     def _parent_lock(self) -> AbstractContextManager[None]:
@@ -197,6 +203,7 @@ class VmEngine:
 
     def cleanup(self, instance: Instance, home: str) -> bool:
         starved = self.containers.cleanup(instance, home)
+        hostdevs.release(home)
         for name in (process.QMP_SOCKET, process.AGENT_SOCKET):
             if process.is_socket(f"{home}/{name}"):
                 os.unlink(f"{home}/{name}")

@@ -199,11 +199,11 @@ def start(
         def restore(qmp: Qmp) -> None:
             templates.fork(qmp, engine.features, chosen)
             for nic in cards:
-                nics.plug(qmp, hardware, nics.add(hardware, nic))
+                nics.plug(qmp, hardware, nics.add(hardware, nic), owner=instance.id, features=engine.features)
             hardware.save(home)
 
         job.plug, job.load = plug, restore
-        job.host_network = any(nic.network == "user" for nic in cards)
+        job.host_network = nics.need_host_network(nic.network for nic in cards)
         try:
             return engine.start_machine(job, exit_command, env)
         finally:

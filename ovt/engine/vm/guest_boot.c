@@ -150,10 +150,12 @@ static const char dhcp_script[] =
     "#!/bin/sh\n"
     "case \"$1\" in\n"
     "deconfig)\n"
-    "    ip addr flush dev \"$interface\"\n"
+    /* only what an earlier lease has put there: the program may have given it an address of its own */
+    "    [ ! -e \"/run/ovt-lease.$interface\" ] || ip addr flush dev \"$interface\"\n"
     "    ip link set dev \"$interface\" up\n"
     "    ;;\n"
     "bound | renew)\n"
+    "    : > \"/run/ovt-lease.$interface\"\n"
     "    ifconfig $interface $ip ${subnet:+netmask $subnet} ${broadcast:+broadcast $broadcast} ${mtu:+mtu $mtu}\n"
     "    metric=$(cat \"/sys/class/net/$interface/ifindex\")\n"
     "    for gateway in $router; do\n"

@@ -21,6 +21,7 @@ FILE = "hardware.json"
 VERSION = 1
 MIB = 1 << 20
 DEFAULT_MEMORY = 1 << 30  # bytes
+LEAST_MEMORY = 16 * MIB
 SPARE_PORTS = 4  # places for devices that are plugged in later
 SLOTS = 8  # for memory that is plugged in later
 MEMORY_UNIT = 128 * MIB  # what Linux adds memory in on x86_64 (memory_block_size_bytes)
@@ -163,7 +164,7 @@ def freeze(spec: Spec, features: Features, accel: str, firmware: str, identity: 
     if max_vcpus < vcpus:
         raise UsageError(f"--max-cpus {max_vcpus} is less than the {vcpus} processors it starts with")
     memory = spec.limits.memory or DEFAULT_MEMORY
-    if memory < 16 * MIB:
+    if memory < LEAST_MEMORY:
         raise UsageError(f"{memory >> 20} MiB of memory are too few for a machine", "--memory 256M")
     memory = -(-memory // MIB) * MIB
     max_memory = machine.max_memory or max(4 * memory, 4 << 30)

@@ -80,12 +80,12 @@ def config(
     cpuset: str,
     host_network: bool,
     nodes: Sequence[Node] = (),
-    shares: Mapping[str, tuple[str, bool]],
+    mounts_of_shares: Sequence[Mapping[str, Any]] = (),
     locked_memory: bool = False,
     sysfs: bool = False,
 ) -> dict[str, Any]:
-    """The OCI configuration. `memory` is the guest's in bytes, `shares` maps paths inside to (directory of the host,
-    read-only), `cpus` limits the time of the whole (0: not), `sysfs` shows /sys (read-only) for host devices."""
+    """The OCI configuration. `memory` is the guest's in bytes, `mounts_of_shares` are those of
+    `shares.mounts`, `cpus` limits the time of the whole (0: not), `sysfs` shows /sys (read-only) for host devices."""
     program = command[0]
     mounts = [
         _mount("proc", "/proc", "proc", "nosuid", "noexec", "nodev"),
@@ -102,10 +102,8 @@ def config(
         prefix = os.path.dirname(os.path.dirname(program))
         mounts.append(_mount(prefix, prefix, "bind", "rbind", "ro", "nosuid", "nodev", "rprivate"))
     if sysfs:
-        mounts.append(_mount("/sys", "/sys", "bind", "rbind", "ro", "nosuid", "nodev", "noexec", "rprivate"))
-    for inside, (directory, read_only) in shares.items():
-        options = ("rbind", "rprivate", "nosuid", "nodev", "noexec", *(("ro",) if read_only else ()))
-        mounts.append(_mount(directory, inside, "bind", *options))
+        mounts.append(_mount("/sys", "/sys", "bind", "bind", "ro", "nosuid", "nodev", "noexec", "rprivate"))
+    mounts += [dict(mount) for mount in mounts_of_shares]
     files = min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1] & (1 << 64) - 1)  # unlimited is -1
     rlimits = [{"type": "RLIMIT_NOFILE", "soft": files, "hard": files}]
     rlimits.append({"type": "RLIMIT_CORE", "soft": 0, "hard": 0})  # a core would be the guest's memory on the disk

@@ -91,6 +91,8 @@ def parse_forward(text: str) -> tuple[str, str, int, int]:
     parts = text.split(":")
     try:
         protocol, address, port, guest = parts[0], ":".join(parts[1:-2]).strip("[]"), int(parts[-2]), int(parts[-1])
+        if len(parts) < 4:
+            raise ValueError
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         socket.inet_pton(family, address or "0.0.0.0")
         if protocol not in {"tcp", "udp"} or not (0 < port < 65536 and 0 < guest < 65536):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ovt.engine.vm import netdevs
@@ -75,9 +75,10 @@ def add(hardware: Hardware, nic: Nic) -> dict[str, Any]:
     return record
 
 
-def needs_host_network(hardware: Hardware) -> bool:
-    """Whether QEMU has to be in the host's network namespace: its own user network makes its connections there."""
-    return netdevs.passt() is None and any(nic["network"] == "user" for nic in hardware.nics)
+def need_host_network(networks: Iterable[str]) -> bool:
+    """Whether QEMU has to be in the host's network namespace for cards on these networks: its own user network makes
+    its connections there."""
+    return "user" in networks and netdevs.passt() is None
 
 
 def plug(

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ovt.engine import supervisor
-from ovt.engine.vm import arguments, devices, firmware, jail, resize
+from ovt.engine.vm import arguments, devices, firmware, jail, resize, shares
 from ovt.engine.vm.features import Features
 from ovt.engine.vm.hardware import Hardware
-from ovt.engine.vm.qmp import Qmp, QmpError, listen
+from ovt.engine.vm.qmp import Gone, Qmp, QmpError, listen
 from ovt.errors import Conflict, HostError, NotFound
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ class Launch:
         self.cpus = 0.0
         self.cpuset = ""
         self.nodes: list[jail.Node] = []
-        self.shares: dict[str, tuple[str, bool]] = {}
         self.sysfs = False
         self.plug: Callable[[Qmp], None] = lambda qmp: None  # adds the devices, before the guest's first instruction
         self.load: Callable[[Qmp], None] = lambda qmp: None  # with `incoming`: brings the state
@@ -127,6 +126,8 @@ def _make(
     for disk, fdset in sets.items():
         command += ["-add-fd", f"fd={numbers[disk]},set={fdset},opaque={disk}"]
     command += devices.cold_words(job.hardware, sets, job.features)
+    command += shares.words(job.hardware)
+    uid = 0 if facts.rootless else jail.user_id(job.id)
     root = f"{job.home}/vm"
     jail.prepare_root(root)
     config = jail.config(
@@ -134,13 +135,13 @@ def _make(
         id=job.id,
         root=root,
         facts=facts,
-        uid=0 if facts.rootless else jail.user_id(job.id),
+        uid=uid,
         memory=resize.total_memory(job.hardware),
         cpus=job.cpus,
         cpuset=job.cpuset,
         host_network=job.host_network,
         nodes=job.nodes,
-        shares=job.shares,
+        mounts_of_shares=shares.mounts(job.hardware, uid),
         locked_memory=bool(job.hardware.hostdevs) or job.hardware.hugepages,
         sysfs=job.sysfs,
     )
@@ -159,9 +160,9 @@ def _make(
             job.load(qmp)
         except TimeoutError:
             raise HostError(f"QEMU does not answer within {_HANDSHAKE_SECONDS:g} seconds") from None
-        except QmpError:
-            raise
-        except HostError as error:
+        except QmpError as error:
+            raise HostError(error.message, hint=error.hint) from None
+        except Gone as error:
             said = last_words(job.home)
             raise HostError(f"QEMU ended at its start: {said}" if said else error.message, hint=error.hint) from None
         with open(f"{job.home}/{EVENTS}", "ab") as journal:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ovt.engine.vm import disks, jail
 from ovt.engine.vm.agent import Agent, NoAgent, port_open
-from ovt.engine.vm.hardware import DEFAULT_MEMORY, MEMORY_UNIT, MIB, SLOTS, Hardware
+from ovt.engine.vm.hardware import DEFAULT_MEMORY, LEAST_MEMORY, MEMORY_UNIT, MIB, SLOTS, Hardware
 from ovt.engine.vm.qmp import Qmp, QmpError
 from ovt.errors import HostError, OvtError, StateError, UsageError
 from ovt.model import Instance, Limits
@@ -114,6 +114,8 @@ def observe(qmp: Qmp, hardware: Hardware) -> bool:
 
 
 def _check(hardware: Hardware, memory: int, vcpus: int, running: bool) -> None:
+    if memory < LEAST_MEMORY:
+        raise UsageError(f"{memory >> 20} MiB of memory are too few for a machine", "--memory 256M")
     if vcpus > hardware.max_vcpus:
         raise UsageError(
             f"{vcpus} processors are more than the {hardware.max_vcpus} it was started for",
@@ -168,8 +170,10 @@ def _memory(qmp: Qmp, hardware: Hardware, home: str, wanted: int) -> list[str]:
 def plug_dimm(qmp: Qmp, hardware: Hardware, dimm: dict[str, Any]) -> None:
     """Plug memory in, at its recorded place if it has one; nothing of it is left when QEMU refuses."""
     backend: dict[str, Any] = {"qom-type": "memory-backend-ram", "id": f"{dimm['id']}-memory", "size": dimm["size"]}
-    if hardware.shared_memory:
-        backend |= {"qom-type": "memory-backend-memfd", "share": True}
+    if hardware.shared_memory or hardware.hugepages:
+        backend |= {"qom-type": "memory-backend-memfd", "share": hardware.shared_memory}
+        if hardware.hugepages:
+            backend |= {"hugetlb": True, "hugetlbsize": 2 * MIB}
     qmp.command("object-add", backend)
     try:
         device = {"driver": "pc-dimm", "id": dimm["id"], "memdev": backend["id"]}
@@ -248,7 +252,7 @@ def _bring_into_use(qmp: Qmp, hardware: Hardware, home: str, added: list[str], r
         report(f"its agent did not bring into use what was added: {error}")
         return
     wanted = hardware.vcpus + len(hardware.plugged_vcpus)
-    if online < wanted:
+    if online < wanted and any(id.startswith("cpu") for id in added):
         report(f"its guest uses {online} of {wanted} processors, its kernel takes no more before it is started again")
 
 

@@ -4,7 +4,7 @@
           owns nothing, so the mount there is id-mapped: what belongs to the directory's owner belongs to QEMU inside,
           and what the guest makes belongs to the owner on the host. Files of others are what they are to a stranger.
           `security_model=none`: modes and links are the real ones, on both sides the same; a chown in the guest is
-          refused quietly. The alternative, mapped-xattr, would let the guest have owners and device nodes of its own,
+          refused. The alternative, mapped-xattr, would let the guest have owners and device nodes of its own,
           kept in extended attributes, but its symbolic links would be files on the host and the host's be unreadable in
           the guest, and a share is there to be used from both sides.
 virtiofs  with the volume's option `virtiofs`: faster, can be plugged in while the machine runs, needs virtiofsd and
@@ -187,7 +187,7 @@ def virtiofsd() -> str:
 
 def plug(qmp: Qmp, hardware: Hardware, share: Mapping[str, Any]) -> None:
     """Connect a virtiofs share; nothing of it is left when this raises. A 9p share is on the command line already:
-    StateError for one that is not."""
+    StateError for one that is not. HostError with virtiofsd's own words when that does not work."""
     id = share["id"]
     if share["kind"] == "9p":
         if not plugged(qmp, id):
@@ -196,19 +196,23 @@ def plug(qmp: Qmp, hardware: Hardware, share: Mapping[str, Any]) -> None:
     if not hardware.shared_memory:
         raise StateError("its memory is not shared, which virtiofs needs", "stop it first, then add the volume")
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        daemon = _start_virtiofsd(share, theirs)
+    with ours, theirs, open(os.memfd_create("errors", os.MFD_CLOEXEC), "r+b") as errors:
+        daemon = _start_virtiofsd(share, theirs, errors.fileno())
+        theirs.close()  # else its end would not be the end of the connection
         try:
             _connect(qmp, share, ours)
-        except QmpError:
+        except BaseException as error:
             daemon.kill()
             daemon.wait()
-            raise
-        # it ends with QEMU, and then whoever is its parent by that time reaps it
-        daemon.returncode = 0
+            if not isinstance(error, QmpError):
+                raise
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines() or [error.message]
+            raise HostError(f"virtiofsd does not serve {share['source']}: {said[-1]}") from None
+        daemon.returncode = 0  # it ends with QEMU, and is reaped by whoever is its parent by then
 
 
-def _start_virtiofsd(share: Mapping[str, Any], connection: socket.socket) -> subprocess.Popen[bytes]:
+def _start_virtiofsd(share: Mapping[str, Any], connection: socket.socket, errors: int) -> subprocess.Popen[bytes]:
     command = [virtiofsd(), "--fd", str(connection.fileno()), "--shared-dir", share["source"]]
     command += ["--sandbox", "namespace", "--seccomp", "kill", "--log-level", "error"]
     if share["read_only"]:
@@ -218,7 +222,7 @@ def _start_virtiofsd(share: Mapping[str, Any], connection: socket.socket) -> sub
         pass_fds=[connection.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
     )
 
 

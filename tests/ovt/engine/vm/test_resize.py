@@ -82,6 +82,8 @@ def test_what_cannot_be_had_is_said_before() -> None:
         resize._check(wide(), 1025 * MIB, 1, True)
     with pytest.raises(UsageError, match="128 MiB at a time"):
         resize._check(wide(), 1000 * MIB, 1, True)  # 936 more would be 1024 in whole units
+    with pytest.raises(UsageError, match="too few"):
+        resize._check(wide(), 8 * MIB, 1, True)
     full = [{"id": f"dimm{n}", "size": MIB} for n in range(SLOTS)]
     with pytest.raises(StateError, match="all 8 places"):
         resize._check(wide(dimms=full), 200 * MIB, 1, True)
