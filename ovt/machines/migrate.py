@@ -16,9 +16,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from ovt.engine.vm import migration, process
+from ovt.engine.vm import attached, migration, process
 from ovt.engine.vm.firmware import NVRAM
-from ovt.engine.vm.hardware import Hardware, replace_json
+from ovt.engine.vm.hardware import replace_json
 from ovt.engine.vm.migration import Progress, Settings
 from ovt.errors import HostError, OvtError, StateError
 from ovt.kernel import procfs
@@ -147,7 +147,7 @@ class _Move:
 
     def find_blockers(self) -> list[Blocker]:
         """Decide what has to move (`plan`), and find what stands against it on both hosts."""
-        hardware = Hardware.load(self.home).pack()
+        hardware = attached.settle(self.qmp, self.home, self.instance.started).pack()
         if not migration.has_vsock(self.qmp):  # this host had none to give it
             hardware["cid"] = 0
         found = blockers.at_source(self.qmp, hardware, self.home)

@@ -41,6 +41,8 @@ _EJECT, _EJECTED, _EJECTING = 3, 0, 0x84  # source and states of _OST (ACPI 6.5,
 def at_cold_start(hardware: Hardware, limits: Limits) -> None:
     """Give the machine what its limits say; nothing of it runs yet, so nothing needs to be plugged."""
     hardware.memory = -(-(limits.memory or DEFAULT_MEMORY) // MIB) * MIB
+    if hardware.memory < LEAST_MEMORY:
+        raise UsageError(f"{hardware.memory >> 20} MiB of memory are too few for a machine", "ovt update --memory 256M")
     hardware.max_memory = max(hardware.max_memory, hardware.memory)
     hardware.dimms = []
     hardware.plugged_vcpus = []
