@@ -462,8 +462,10 @@ class Host:
         return read_log(path, **options) if os.path.exists(path) else iter(())
 
     def events(self, since: float = 0.0, until: float = 0.0, follow: bool = False) -> Iterator[dict[str, Any]]:
-        """What happened to instances; see ovt.journal."""
-        return self.journal.read(since, until, follow)
+        """What happened to instances; see ovt.events."""
+        from ovt import events
+
+        return events.read(self, since, until, follow)
 
     def leftovers(self, fix: bool = False) -> Sequence[Leftover]:
         """What killed commands have left; with `fix` it is finished or taken away."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+Parse = Callable[[bytes], dict[str, Any] | None]
 
 MAX_BYTES = 4 << 20  # then the file becomes `events.1.jsonl`, and the one before that is forgotten
 _POLL = 0.2
@@ -37,54 +39,64 @@ class Journal:
         if full:
             os.rename(self.path, self.older)
 
-    def read(self, since: float = 0.0, until: float = 0.0, follow: bool = False) -> Iterator[dict[str, Any]]:
+    def read(
+        self,
+        since: float = 0.0,
+        until: float = 0.0,
+        follow: bool = False,
+        others: Callable[[], Iterable[tuple[str, Parse]]] = tuple,
+    ) -> Iterator[dict[str, Any]]:
         """Events with since <= time < until (seconds since the epoch; until 0: no end), oldest first.
 
-        `follow` goes on with new ones, over the change of files, until `until` has passed.
+        `follow` goes on with new ones, over the change of files, until `until` has passed; those of one fifth of a
+        second are in order. `others` are further files with events, and what makes an event of a line of theirs.
         """
-        for path in (self.older, self.path):
-            if path == self.path and follow:
-                yield from self._follow(since, until)
+        files = _Files()
+        while True:
+            found: list[dict[str, Any]] = []
+            for path, parse in [(self.older, own), (self.path, own), *others()]:
+                for line in files.new_lines(path):
+                    event = parse(line)
+                    if event and event["time"] >= since and (not until or event["time"] < until):
+                        found.append(event)
+            yield from sorted(found, key=lambda event: float(event["time"]))
+            if not follow or (until and time.time() >= until):
                 return
-            try:
-                with open(path, "rb") as file:
-                    yield from _select(file, since, until)
-            except FileNotFoundError:
-                continue
-
-    def _follow(self, since: float, until: float) -> Iterator[dict[str, Any]]:
-        while not until or time.time() < until:
-            try:
-                file = open(self.path, "rb")
-            except FileNotFoundError:
-                time.sleep(_POLL)
-                continue
-            with file:
-                while not until or time.time() < until:
-                    position = file.tell()
-                    lines = file.readlines()
-                    if lines and not lines[-1].endswith(b"\n"):
-                        file.seek(position + sum(map(len, lines[:-1])))
-                        lines.pop()
-                    yield from _select(lines, since, until)
-                    if not lines:
-                        if _replaced(self.path, file.fileno()):
-                            break
-                        time.sleep(_POLL)
+            time.sleep(_POLL)
 
 
-def _replaced(path: str, fd: int) -> bool:
+def own(line: bytes) -> dict[str, Any] | None:
+    """The event of a line of the journal; None for one that a full disk has torn."""
+    event = parsed(line)
+    return event if event and isinstance(event.get("time"), (int, float)) else None
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None when it is none."""
     try:
-        return not os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
-        return True
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def _select(lines: Any, since: float, until: float) -> Iterator[dict[str, Any]]:
-    for line in lines:
+class _Files:
+    """How far each file has been read; a file that is renamed meanwhile stays the same one."""
+
+    def __init__(self) -> None:
+        self._offsets: dict[tuple[int, int], int] = {}
+
+    def new_lines(self, path: str) -> list[bytes]:
+        """The whole lines of the file that have come since it was last looked at."""
         try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # torn by a full disk: later lines are whole again
-        if event["time"] >= since and (not until or event["time"] < until):
-            yield event
+            with open(path, "rb") as file:
+                info = os.fstat(file.fileno())
+                identity = (info.st_dev, info.st_ino)
+                offset = self._offsets.get(identity, 0)
+                file.seek(offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data.rpartition(b"\n")[0]
+        self._offsets[identity] = offset + (len(whole) + 1 if whole else 0)
+        return whole.splitlines()

@@ -1,5 +1,6 @@
 """The journal of events: order, selection, following, change of files."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from ovt import journal as journals
+from ovt.host import Host
 from ovt.journal import Journal
+from ovt.model import Instance, Kind, Spec
 
 
 @pytest.fixture
@@ -75,3 +78,28 @@ def test_following_sees_old_and_new_events_over_a_change_of_files(
         journal.write("start", "a", name, filler="x" * 60)
     thread.join(10)
     assert seen == ["first", "second", "third", "last"]
+
+
+def test_events_of_machines_are_among_the_others(tmp_path: Path) -> None:
+    host = Host(str(tmp_path / "data"), str(tmp_path / "run"))
+    machine = Instance("0123456789ab", "lab", Kind.VM, 1.0, Spec("busybox"))
+    host.store.add(machine)
+    host.journal.write("start", machine.id, "lab")
+    now = time.time()
+    lines = [
+        {
+            "timestamp": {"seconds": int(now) + 5, "microseconds": 500_000},
+            "event": "GUEST_PANICKED",
+            "data": {"action": "pause"},
+        },
+        {"timestamp": {"seconds": int(now) - 5, "microseconds": 0}, "event": "RESUME"},
+        {"timestamp": {"seconds": int(now), "microseconds": 0}, "event": "RTC_CHANGE"},
+        {"event": "SHUTDOWN"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + 'torn\n{"timestamp"'
+    (tmp_path / "data/instances" / machine.id / "qmp.log").write_text(text)
+    found = list(host.events())
+    assert [event["event"] for event in found] == ["vm-resume", "start", "vm-guest-panicked"]
+    assert found[2] == {
+        "time": int(now) + 5.5, "event": "vm-guest-panicked", "action": "pause", "id": machine.id, "name": "lab",
+    }  # fmt: skip

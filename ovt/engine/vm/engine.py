@@ -187,8 +187,11 @@ class VmEngine:
         return hardware
 
     def start(self, instance: Instance) -> None:
-        self._go_on(instance)
         home = self.home(instance)
+        restored = saved.exists(home)
+        self._go_on(instance)
+        if restored:
+            guest_view.set_clock(home)
         if Hardware.load(home).forked:
             forks.introduce(self, instance, home)
 

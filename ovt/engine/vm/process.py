@@ -74,9 +74,11 @@ def launch(
     NotFound for a kernel that has vanished, HostError with QEMU's own words when it does not start, QmpError when it
     refuses a device.
     """
-    for stale in (EVENTS, f"{EVENTS}.1", ERRORS, EXIT_STATUS):
+    for stale in (ERRORS, EXIT_STATUS):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{job.home}/{stale}")
+    with contextlib.suppress(FileNotFoundError):  # the events of the run before
+        os.rename(f"{job.home}/{EVENTS}", f"{job.home}/{EVENTS}.1")
 
     def make(stdio: supervisor.Stdio) -> int:
         with contextlib.ExitStack() as stack:
