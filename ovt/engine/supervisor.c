@@ -15,7 +15,8 @@
  * Attach: DIR/attach.sock is SOCK_SEQPACKET; every packet is one letter and its data.
  *   from clients  H flags      first packet; 1 = lossless (the guest waits for me), 2 = quiet (only the exit, please)
  *                 I data       for the guest's standard input; ignored unless --stdin was given
- *                 E            end of input: closes the pipe, or types a terminal's end-of-file character
+ *                 E            end of input: closes the pipe, or types a terminal's end-of-file character; with --events
+ *                              that is ^D, for the terminal that matters is the guest's own
  *                 W rows cols  window size, big-endian 16 bits each
  *   to clients    A flags      attached, nothing is missed from here on; 1 = terminal, 2 = input is taken
  *                 O data, E data   standard output, standard error
@@ -50,7 +51,7 @@ static struct client clients[CLIENTS];
 static struct { char *data; size_t length; int failed; } queue;    /* [length, 2 bytes][packet] … */
 static struct { int fd; char name[8]; unsigned char kind, in_line; } outputs[2] = {
     { -1, "stdout", 'O', 0 }, { -1, "stderr", 'E', 0 } };
-static struct { int fd, tty, offset, length; } input = { .fd = -1 };
+static struct { int fd, tty, machine, in_line, offset, length; } input = { .fd = -1 };
 static char packet_in[CHUNK + 1];   /* the last packet of a client; the part of it that the guest has yet to take is in input */
 static struct { int directory, fd, files, error; const char *name; uint64_t size, max, lost_lines, lost_bytes; } logging = {
     .directory = -1, .fd = -1, .files = 1, .max = UINT64_MAX };
@@ -323,6 +324,12 @@ static void input_end(void) {
         packet_in[1] = modes.c_cc[VEOF];
         input.offset = input.length = 1;
         input_flush();
+    } else if (input.machine) {                /* the terminal is a wire to one inside, whose modes cannot be seen */
+        packet_in[1] = packet_in[2] = 4;       /* ^D; within a line it ends but that */
+        input.offset = 1;
+        input.length = input.in_line ? 2 : 1;
+        input.in_line = 0;
+        input_flush();
     }
 }
 
@@ -341,6 +348,7 @@ static void client_read(struct client *c) {
     } else if (packet[0] == 'I' && input.fd >= 0) {
         input.offset = 1;
         input.length = n - 1;
+        if (n > 1) input.in_line = packet[n - 1] != '\n' && packet[n - 1] != '\r';
         input_flush();
     } else if (packet[0] == 'E' && input.fd >= 0) {
         input_end();
@@ -588,7 +596,7 @@ static int run(int argc, char **argv) {
         else if (!strcmp(key, "--log")) log = value;
         else if (!strcmp(key, "--log-max")) logging.max = number(value);
         else if (!strcmp(key, "--log-files")) logging.files = number(value);
-        else if (!strcmp(key, "--events")) events = number(value);
+        else if (!strcmp(key, "--events")) events = number(value), input.machine = 1;
         else if (!strcmp(key, "--ready")) ready = number(value);
         else if (!strcmp(key, "--exit-command")) command = argv + i + 1;
         else guest = 0;

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ovt.errors import OvtError
-from tests.bench import library, machines, people, stage
+from tests.bench import library, machines, people, stage, vm
 from tests.bench.measure import Failed
 
 CASES = {
@@ -17,6 +17,8 @@ CASES = {
     "library": library.batches,
     "ps": people.ps,
     "memory": people.memory,
+    "vm": vm.everything,
+    **{f"vm-{name}": case for name, case in vm.CASES.items()},
 }
 
 
@@ -31,7 +33,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     print(f"load {load:.1f} on {os.cpu_count()} processors, kernel {os.uname().release}, {', '.join(stage.runtimes())}")
     failed = 0
-    for name in arguments.case or CASES:
+    for name in arguments.case or [name for name in CASES if not name.startswith("vm-")]:  # those are parts of vm
         with tempfile.TemporaryDirectory(prefix="ovt-bench-") as place:
             try:
                 print("\n" + CASES[name](arguments.rounds, Path(place)), flush=True)

@@ -17,7 +17,7 @@ import secrets
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -133,6 +133,24 @@ class Agent:
             self.send(name, arguments)
             return self.receive(timeout, silent=not answers)
 
+    def introduce(self, commands: Sequence[tuple[str, Mapping[str, Any]]], timeout: float) -> list[Any]:
+        """Greet our own agent and give it these commands in the same breath; their results.
+
+        For a fork, where each answer waited for costs more than what is asked. It is called once, as nothing may be
+        given twice: NoAgent after `timeout` seconds, AgentError of the first command that fails.
+        """
+        follow = b"".join(_request(name, arguments) for name, arguments in commands)
+        with self.turn():
+            try:
+                self._greet(follow, time.monotonic() + timeout)
+            except TimeoutError:
+                raise NoAgent(f"no guest agent answers (within {timeout:g} s)") from None
+            except _Ended:
+                raise NoAgent("the connection to the guest's agent has ended: QEMU runs no more") from None
+            self._synced = self._met = True
+            self._pending = [name for name, _ in commands]
+            return [self.receive() for _ in commands]
+
     def about(self) -> About:
         """The agent's version and commands, asked once."""
         if self._about is None:
@@ -241,10 +259,7 @@ class Agent:
 
         Answers come in the order of the commands. More than one may be under way where the agent is known to read on.
         """
-        request: dict[str, Any] = {"execute": name}
-        if arguments:
-            request["arguments"] = arguments
-        line = json.dumps(request).encode() + b"\n"
+        line = _request(name, arguments)
         try:
             if not self._pending and self._leftover():
                 self._synced = False  # an answer too many, or one that somebody had given up on
@@ -423,6 +438,11 @@ def _connect(home: str, deadline: float) -> socket.socket:
     except BaseException:
         connection.close()
         raise
+
+
+def _request(name: str, arguments: Mapping[str, Any] | None) -> bytes:
+    request = {"execute": name, **({"arguments": arguments} if arguments else {})}
+    return json.dumps(request).encode() + b"\n"
 
 
 def _answer(line: bytes) -> dict[str, Any]:

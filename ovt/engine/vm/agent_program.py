@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ovt.engine.base import Process
 from ovt.engine.vm.agent import Agent, AgentError
-from ovt.errors import PayloadError, StateError
+from ovt.errors import OvtError, PayloadError, StateError
 
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WAIT = 0.25  # seconds that our agent may think about one ovt-io; others get their turn then
@@ -64,9 +64,20 @@ def environment(process: Process) -> list[str]:
     return [f"{key}={value}" for key, value in pairs.items()]
 
 
-def main_program(agent: Agent, process: Process) -> None:
-    """Start the main program of a guest of the built-in image that has none; PayloadError when it cannot be run."""
-    _launch(agent, "ovt-main", _arguments(process), process.command[0])
+def introduce(agent: Agent, identity: Mapping[str, Any], process: Process | None, timeout: float) -> None:
+    """Tell a guest of the built-in image who it is and start its main program, if `process` is one.
+
+    NoAgent after `timeout` seconds without an answer, PayloadError when the program cannot be run.
+    """
+    commands = [("ovt-identity", identity)]
+    if process is not None:
+        commands.append(("ovt-main", _arguments(process)))
+    try:
+        agent.introduce(commands, timeout)
+    except AgentError as error:
+        if process is None or not error.message.startswith("ovt-main: "):
+            raise
+        raise _refusal(error, "ovt-main", process.command[0]) from error
 
 
 def _arguments(process: Process) -> dict[str, Any]:
@@ -152,19 +163,23 @@ def _launch(agent: Agent, name: str, arguments: Mapping[str, Any], program: str)
     try:
         return agent.command(name, arguments)
     except AgentError as error:
-        if error.error_class in (AgentError.TIMEOUT, AgentError.PROTOCOL, "CommandNotFound"):
-            raise
-        # in words, of its C library or of GLib, is the only way an agent tells it
-        words = error.message.removeprefix(f"{name}: ")
-        code = 126
-        if "no such user" in words or "cannot enter" in words:  # of our own agent, which has these two as well
-            pass
-        elif "No such file or directory" in words or "not found" in words:
-            words = "no such file or directory" if "/" in program else "executable file not found in $PATH"
-            code = 127
-        elif "Permission denied" in words:
-            words = "permission denied"
-        raise PayloadError(f'exec: "{program}": {words}', code) from error
+        raise _refusal(error, name, program) from error
+
+
+def _refusal(error: AgentError, name: str, program: str) -> OvtError:
+    """What an agent's refusal to run a program means; words, of its C library or of GLib, are all that it tells."""
+    if error.error_class in (AgentError.TIMEOUT, AgentError.PROTOCOL, "CommandNotFound"):
+        return error
+    words = error.message.removeprefix(f"{name}: ")
+    code = 126
+    if "no such user" in words or "cannot enter" in words:  # of our own agent, which has these two as well
+        pass
+    elif "No such file or directory" in words or "not found" in words:
+        words = "no such file or directory" if "/" in program else "executable file not found in $PATH"
+        code = 127
+    elif "Permission denied" in words:
+        words = "permission denied"
+    return PayloadError(f'exec: "{program}": {words}', code)
 
 
 def status(agent: Agent, pid: int) -> Collected | None:

@@ -194,6 +194,8 @@ class VmEngine:
             guest_view.set_clock(home)
         if Hardware.load(home).forked:
             forks.introduce(self, instance, home)
+        elif instance.rootfs.get("builtin") and instance.spec.stdin and not restored:
+            guest_view.await_program(home)  # what is typed into a booting console is lost or shown twice
 
     def _go_on(self, instance: Instance) -> None:
         if os.path.exists(f"{self.home(instance)}/{MOVING}"):

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SOURCE = "instance.json"  # beside the template's record: the spec and the private record of what it was made from
 _UNPLUG_SECONDS = 30.0
 _QUIT_SECONDS = 10.0
+_READY_SECONDS = 5.0  # a guest that is up may be slow to say so
+_GREETING_SECONDS = 30.0  # of an emulated guest on a loaded host
 
 
 def find_idle(engine: VmEngine, spec: Spec) -> str:
@@ -62,7 +64,7 @@ def take(
     """Make the files of a template from a running machine, which goes on. NoAgent for a guest that is not ready."""
     hardware = Hardware.load(home)
     _check(hardware)
-    guest_view.wait(home, instance, 1.0, lambda line: None)  # an unready guest makes no use of a template
+    guest_view.wait(home, instance, _READY_SECONDS, lambda line: None)  # an unready guest makes no use of a template
     shared = not template.why_not_shared(hardware, engine.features)
     with engine.qmp(instance) as qmp, _without_cards(qmp, hardware):
         running = bool(qmp.command("query-status")["running"])
@@ -78,7 +80,10 @@ def take(
     if shared:
         saved = _split(engine, instance, building, kept, saved)
         building.remove("full")
-    source = {"spec": pack(instance.spec), "rootfs": _without(instance.rootfs, "guest", "template")}
+    rootfs = _without(instance.rootfs, "guest", "template")
+    if instance.spec.command:
+        rootfs.pop("idle", None)  # its program runs, and goes on in every fork
+    source = {"spec": pack(instance.spec), "rootfs": rootfs}
     replace_json(f"{building.path}/{SOURCE}", source)
     return building.finish(
         template.record(name, kept, saved, image=instance.spec.image, source=instance.name, shared=shared)
@@ -217,12 +222,10 @@ def introduce(engine: VmEngine, instance: Instance, home: str) -> None:
     hostname = spec.hostname or instance.name
     connection = guest_view.agent(home)
     if instance.rootfs.get("builtin"):
-        with connection.turn():
-            connection.command("ovt-identity", identity.guest_arguments(hostname))  # cards bring theirs
-            if instance.rootfs.get("idle") and spec.command:
-                agent_program.main_program(
-                    connection, Process(spec.command, spec.env, spec.workdir, spec.user, spec.tty)
-                )
+        runs = instance.rootfs.get("idle") and spec.command
+        program = Process(spec.command, spec.env, spec.workdir, spec.user, spec.tty) if runs else None
+        # cards bring their addresses
+        agent_program.introduce(connection, identity.guest_arguments(hostname), program, _GREETING_SECONDS)
         return
     try:
         agent_verbs.set_time(connection)

@@ -117,6 +117,14 @@ def wait(home: str, instance: Instance, timeout: float, report: Callable[[str], 
         raise _named(error, instance) from None
 
 
+def await_program(home: str) -> None:
+    """Wait until the built-in image has started its program: its agent answers only then. Fine when it has ended."""
+    try:
+        agent_verbs.wait_for_agent(agent(home), _BOOT_SECONDS, alive=lambda: _alive(home))
+    except NoAgent:
+        pass  # the program has ended already, or whoever joins the console sees what it is that does not come
+
+
 def _await(connection: Agent, instance: Instance) -> None:
     """The agent of the built-in image is about to come, so it is waited for; another's absence is an answer."""
     try:

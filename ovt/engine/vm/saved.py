@@ -56,7 +56,7 @@ def read(home: str) -> tuple[Hardware, memory_state.Saved]:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
         return Hardware.unpack(data["hardware"]), memory_state.Saved.unpack(data["state"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OvtError(
             f"the saved state in {home}/{DIRECTORY} cannot be read: {error}",
             "ovt start --discard starts the machine without it",

@@ -127,7 +127,7 @@ def main_archive(instance: Instance, hardware: Hardware) -> bytes:
     spec = instance.spec
     shares = [f"{share['id']}:{share['target']}:{share['options']}" for share in hardware.shares]
     return vmimage.main_archive(
-        () if instance.rootfs.get("idle") else spec.command,
+        spec.command,  # none in the guest of which a template is made
         env=spec.env,
         cwd=spec.workdir,
         user=spec.user,

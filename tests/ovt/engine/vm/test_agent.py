@@ -45,6 +45,30 @@ def test_one_connection_and_one_sync_for_a_turn(tmp_path: Path) -> None:
         assert peer.seen.count("guest-sync-delimited") == 2
 
 
+def test_introduction_is_one_greeting_with_all_commands_in_order(tmp_path: Path) -> None:
+    with fake(tmp_path, lambda request: {"return": request.get("arguments")}) as peer:
+        agent = Agent(str(tmp_path))
+        assert agent.introduce([("ovt-identity", {"hostname": "a"}), ("ovt-main", {"path": "b"})], 5.0) == [
+            {"hostname": "a"},
+            {"path": "b"},
+        ]
+        assert peer.seen == ["guest-sync-delimited", "ovt-identity", "ovt-main"]
+        assert agent.command("guest-ping") is None  # the agent is free again
+
+
+def test_introduction_tells_which_command_failed_and_is_not_repeated(tmp_path: Path) -> None:
+    refused = {"error": {"class": "GenericError", "desc": "No such file or directory"}}
+    with fake(tmp_path, lambda request: refused if request["execute"] == "ovt-main" else PONG) as peer:
+        with pytest.raises(AgentError, match="ovt-main: No such file"):
+            Agent(str(tmp_path)).introduce([("ovt-identity", {}), ("ovt-main", {"path": "b"})], 5.0)
+        assert peer.seen.count("ovt-main") == 1
+
+
+def test_introduction_to_nobody(tmp_path: Path) -> None:
+    with fake(tmp_path, sync=lambda request: None), pytest.raises(NoAgent, match=r"within 0\.3 s"):
+        Agent(str(tmp_path)).introduce([("ovt-identity", {})], 0.3)
+
+
 def test_path_longer_than_a_socket_address(tmp_path: Path) -> None:
     home = tmp_path.joinpath(*["long-directory-name"] * 8)
     home.mkdir(parents=True)
