@@ -25,7 +25,9 @@ write_files:
 - path: /etc/from-user-data
   content: "hello\\n"
 """
-COUNT = "i=0; while true; do i=$((i+1)); echo $i >/run/count; sleep 0.2; done"
+CRASHES = {"134", "139"}  # QEMU's own: abort, segmentation fault
+# renamed into its place: a snapshot must not find it between its emptying and its writing
+COUNT = "i=0; while true; do i=$((i+1)); echo $i >/run/count.new; mv /run/count.new /run/count; sleep 0.2; done"
 # a name of its own: the firmware refuses variables that it does not know among the standard's
 VARIABLE = "/sys/firmware/efi/efivars/OvtTest-1d3a8f42-93ca-11d2-aa0d-00e098032b8c"
 
@@ -37,8 +39,13 @@ class Machines(Place):
         return self.out("exec", name, "sh", "-c", script, timeout=timeout)
 
     def boot(self, name: str) -> None:
-        self("start", name, timeout=120)
-        self("wait", "--for", "agent", name, timeout=BOOT)
+        for tries in (1, 2):
+            self("start", name, timeout=120)
+            done = self("wait", "--for", "agent", name, timeout=BOOT, check=False)
+            crashed = self.status(name) == "stopped" and self.out("wait", name) in CRASHES
+            if tries == 2 or not crashed:  # emulation itself crashes once in some hundred boots
+                assert done.returncode == 0, done.stderr
+                return
 
     def cloud_init_is_done(self, name: str) -> None:
         assert self.out("exec", name, "cloud-init", "status", "--wait", timeout=BOOT).endswith("status: done")
