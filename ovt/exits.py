@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ovt.errors import NotFound, OvtError, StateError
 from ovt.kernel import procfs
-from ovt.model import LIVE, Instance, Status, retry_delay
+from ovt.model import LIVE, Instance, Kind, Status, retry_delay
 
 if TYPE_CHECKING:
     from ovt.engine.supervised import ExitRecord
@@ -70,6 +70,9 @@ def settle(host: Host, id: str, restart: bool = False) -> Instance | None:
             ended = instance._replace(status=Status.STOPPED, pid=0, start_time=0, restart_at=0.0)
             instance = host.store.save(ended._replace(exit_code=code, finished=time.time(), oom_killed=starved))
             host.journal.write("exit", id, instance.name, exit_code=code, **({"oom_killed": True} if starved else {}))
+            if instance.kind is Kind.VM and os.path.isdir(f"{home}/saved"):
+                # `save` was killed when only this was left to do: the guest is on the disk
+                return host.store.save(instance._replace(status=Status.SAVED))
             if instance.spec.auto_remove:
                 host._remove(instance)
             elif restart and not instance.stop_wanted:

@@ -19,10 +19,11 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ovt import exits, image
-from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError
+from ovt.errors import Conflict, HostError, NotFound, OvtError, StateError, refused
 from ovt.journal import Journal
 from ovt.kernel import procfs
 from ovt.model import IDLE, LIVE, Instance, Kind, Limits, Restart, Spec, Status, check_name, made_up_name, require
+from ovt.roots import default_data, default_run
 from ovt.store import Store
 
 if TYPE_CHECKING:
@@ -33,32 +34,6 @@ if TYPE_CHECKING:
 
 _SIGKILL, _SIGTERM = 9, 15
 _KILL_WAIT = 10.0  # seconds a killed guest may take to end
-
-
-def default_data() -> str:
-    """/var/lib/ovt, for anyone but root $XDG_DATA_HOME/ovt."""
-    if os.geteuid() == 0:
-        return "/var/lib/ovt"
-    return f"{os.environ.get('XDG_DATA_HOME') or os.path.expanduser('~/.local/share')}/ovt"
-
-
-def default_run() -> str:
-    """/run/ovt/people, for anyone but root $XDG_RUNTIME_DIR/ovt/people or a directory of its own in /tmp."""
-    if os.geteuid() == 0:
-        return "/run/ovt/people"
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and os.path.isdir(base):
-        return f"{base}/ovt/people"
-    own = f"/tmp/ovt-{os.geteuid()}"
-    try:
-        os.mkdir(own, 0o700)
-    except FileExistsError:
-        info = os.lstat(own)
-        if info.st_uid != os.geteuid() or info.st_mode & 0o170777 != 0o040700:
-            raise HostError(
-                f"{own} is not a directory of mode 0700 of your own", hint=f"remove it: rm -r {own}"
-            ) from None
-    return f"{own}/people"
 
 
 def _new_name() -> str:
@@ -254,6 +229,10 @@ class Host:
         except OvtError as error:
             self._failed(instance, error)
             raise
+        except OSError as error:
+            failure = refused(error.filename or self.data, error)
+            self._failed(instance, failure)
+            raise failure from None
         return self.store.save(
             instance._replace(
                 supervisor_pid=guest.supervisor_pid,

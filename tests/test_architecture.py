@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "hardware_spec": set(),  # the part of model that is about virtual machines
     "model": {"hardware_spec"},
     "store": {"model", "kernel"},
+    "roots": set(),
     "journal": {"model", "kernel"},
     "exits": {"host", "model", "store", "journal", "engine", "kernel"},  # the other half of host, after a guest's end
     "events": {"host", "model", "store", "journal"},  # the journal and the machines' own events
@@ -32,7 +33,19 @@ MAY_IMPORT = {
     "network": {"model", "kernel"},
     "engine": {"model", "kernel", "image", "network"},
     "runtime": {"engine", "kernel"},
-    "host": {"model", "store", "journal", "exits", "events", "leftovers", "engine", "image", "network", "kernel"},
+    "host": {
+        "model",
+        "store",
+        "roots",
+        "journal",
+        "exits",
+        "events",
+        "leftovers",
+        "engine",
+        "image",
+        "network",
+        "kernel",
+    },
     "cli": {"host", "model", "store", "engine", "image", "network", "machines"},
 }
 

@@ -277,7 +277,9 @@ def _write_info(directory: str, guest: int) -> None:
 def _record(error: BaseException) -> dict[str, Any]:
     """What crosses the pipe of an exception; `_exception` is the inverse."""
     if isinstance(error, errors.OvtError):
-        return {"class": type(error).__name__, "args": error.args, "state": vars(error)}
+        # a class of another module crosses as the nearest one that `errors` has
+        known = next(kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+        return {"class": known.__name__, "args": error.args, "state": vars(error)}
     if isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
         return {"class": "HostError", "args": [message], "state": vars(errors.HostError(message, error.errno or 0))}

@@ -91,7 +91,13 @@ def save(host: Host, reference: str, progress: Callable[[int, int], None] | None
         engine = host.vms
         with engine.qmp(instance) as qmp:
             hardware = attached.settle(qmp, home, instance.started)
-            saved.save(qmp, engine.features, hardware, home, progress)
+            # first, so that `resume` is there for it when this command is killed
+            paused = host.store.save(instance._replace(status=Status.PAUSED))
+            try:
+                saved.save(qmp, engine.features, hardware, home, progress)
+            except BaseException:
+                host.store.save(paused._replace(status=instance.status))
+                raise
             with contextlib.suppress(Gone):  # it may end before it answers
                 qmp.command("quit")
         if exits.wait_for_record(home, _QUIT_SECONDS) is None:

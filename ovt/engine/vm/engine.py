@@ -54,6 +54,7 @@ _RUN_STATES = {
     "io-error": Status.PAUSED,
     "watchdog": Status.PAUSED,
     "guest-panicked": Status.PAUSED,
+    "postmigrate": Status.PAUSED,  # its memory has been written to the disk
     "prelaunch": Status.CREATED,
     "inmigrate": Status.CREATED,
 }
@@ -209,6 +210,7 @@ class VmEngine:
     def cleanup(self, instance: Instance, home: str) -> bool:
         starved = self.containers.cleanup(instance, home)
         hostdevs.release(home)
+        saved.tidy(home)
         for name in (process.QMP_SOCKET, process.AGENT_SOCKET):
             if process.is_socket(f"{home}/{name}"):
                 os.unlink(f"{home}/{name}")

@@ -9,6 +9,7 @@ it first. So a directory that is there is always the newest that there is of the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -45,7 +46,8 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if running and not exists(home):
-            qmp.command("cont")
+            with contextlib.suppress(OvtError):  # the first error is the one to tell
+                qmp.command("cont")
         raise
 
 
@@ -84,6 +86,13 @@ def discard(home: str) -> None:
         os.rename(f"{home}/{DIRECTORY}", gone)
         _sync(home)
         shutil.rmtree(gone)
+
+
+def tidy(home: str) -> None:
+    """After the end of QEMU: take away what killed commands have left half-written or half-removed."""
+    for name in (f".{DIRECTORY}", f".{DIRECTORY}.gone"):
+        if os.path.isdir(f"{home}/{name}"):
+            shutil.rmtree(f"{home}/{name}")
 
 
 def _sync(directory: str) -> None:
