@@ -45,7 +45,7 @@ def _vnc(app: App, instance: str, listen: str) -> int:
     address, _, port = listen.rpartition(":")
     if not address or not port.isdigit():
         raise UsageError(f"{listen!r} is no address to listen at", "127.0.0.1:5900")
-    power.machine(app.host, "console", instance)
+    power.with_screen(app.host, instance)
     with socket.create_server((address, int(port))) as server:
         host, number = server.getsockname()[:2]
         output.result(f"vnc://{host}:{number}")

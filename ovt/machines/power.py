@@ -141,11 +141,17 @@ def screenshot(host: Host, reference: str, path: str) -> Instance:
     return instance
 
 
-def viewer(host: Host, reference: str, connection: int) -> None:
-    """Hand a viewer's connection (a stream socket) to the machine's VNC server."""
+def with_screen(host: Host, reference: str) -> Instance:
+    """The machine, if it has a screen; StateError otherwise."""
     instance = machine(host, "console", reference)
     if not Hardware.load(host.store.home(instance.id)).graphics:
         raise StateError("it has no screen", "ovt create --graphics, or `ovt console` without --vnc")
+    return instance
+
+
+def viewer(host: Host, reference: str, connection: int) -> None:
+    """Hand a viewer's connection (a stream socket) to the machine's VNC server."""
+    instance = with_screen(host, reference)
     with host.vms.qmp(instance) as qmp:
         qmp.get_fd(connection, "viewer")
         qmp.command("add_client", {"protocol": "vnc", "fdname": "viewer", "skipauth": True})
