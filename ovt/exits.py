@@ -38,12 +38,19 @@ def env() -> dict[str, str]:
 
 def wait_for_record(home: str, timeout: float) -> ExitRecord | None:
     """Wait for the end of the guest in `home` at most `timeout` seconds; None when it goes on, or was never there, or
-    its supervisor is gone and nobody will know its exit status."""
+    its supervisor is gone and nobody will know its exit status. The guest's end is waited for in that case as well."""
     from ovt.engine import supervised
 
+    deadline = time.monotonic() + timeout
     try:
         return supervised.wait(home, timeout)
-    except (TimeoutError, NotFound, StateError):
+    except (TimeoutError, NotFound):
+        return None
+    except StateError:
+        # nobody tells its end, and what it does until then (a shutdown, the last writes to a disk) takes its time
+        guest = supervised.info(home)
+        while procfs.alive(guest.child_pid, guest.child_start_time) and time.monotonic() < deadline:
+            time.sleep(supervised.POLL)
         return None
 
 

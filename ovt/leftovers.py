@@ -83,6 +83,10 @@ def _of_instance(host: Host, instance: Instance, fix: bool) -> list[Leftover]:
         return _finish(instance, "the command that changed it was killed", fix, lambda: clean(new))
     if instance.status in LIVE and not _watched(home):
         reason = "its supervisor was killed while it ran" if status in LIVE else "nobody wrote down its end"
+        if status in LIVE and instance.kind is Kind.VM:
+            # nothing is taken from its guest: it goes on without a log, and saving it is the way to a new supervisor
+            way = f"ovt save {instance.name}, then ovt start {instance.name}"
+            return [Leftover("instance", instance.name, f"{reason}: {way}")]
         return _finish(instance, reason, fix, lambda: clean(Status.STOPPED))
     if status not in LIVE and instance.status not in LIVE and status is not Status.RESTARTING:
         if host.engine(instance.kind).status(instance) in {*LIVE, Status.CREATED}:

@@ -100,10 +100,33 @@ def test_the_supervisor_is_killed_and_the_guest_goes_on(ovt: Place, mute: tuple[
     ovt("pause", "a")
     assert ovt.status("a") == "paused"
     ovt("resume", "a")
-    told = ovt("check", check=False)
-    assert "its supervisor was killed while it ran" in told.stdout
+    told = ovt("check", "--fix", check=False)
+    assert "its supervisor was killed while it ran: ovt save a, then ovt start a" in told.stdout
+    assert not gone(qemu)
+    ovt("save", "a")
+    assert gone(qemu)
+    ovt("start", "a")
+    assert ovt.status("a") == "running"
+    qemu = pids(ovt, "a")[0]
     ovt("delete", "--force", "a")
     assert gone(qemu)
+
+
+@pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "unsupervised"])
+def test_a_guest_has_its_time_to_stop(ovt: Place, mute: tuple[str, str], supervised: bool) -> None:
+    """This one knows no power button; the plug is pulled after the time given, whoever tells of its end, or nobody."""
+    make(ovt, mute, "a")
+    ovt("start", "a")
+    qemu, supervisor = pids(ovt, "a")
+    if not supervised:
+        os.kill(supervisor, signal.SIGKILL)
+        ovt.wait_for(lambda: gone(supervisor))
+    began = time.monotonic()
+    ovt("stop", "-t", "2", "a")
+    assert 2 <= time.monotonic() - began < 20
+    assert gone(qemu)
+    assert ovt.status("a") == "stopped"
+    assert f"exit_code={137 if supervised else 255}" in ovt.out("events")  # written down now, not at the next look
 
 
 START = [
